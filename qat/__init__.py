@@ -1,0 +1,46 @@
+"""Quantization-aware training for PyTorch, down to a verified TensorRT INT8 engine."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names and where they live. Imported on first use: ``import qat`` is quick, and qat.tensorrt needs no torch.
+_PUBLIC = {
+    "Format": "numerics",
+    "INT4": "numerics",
+    "INT8": "numerics",
+    "QATCallback": "callbacks",
+    "QATError": "errors",
+    "QuantConfig": "config",
+    "Rule": "config",
+    "calibrate": "calibration",
+    "export_onnx": "export",
+    "fake_quantize": "numerics",
+    "parity": "export",
+    "prepare": "preparation",
+    "restore": "preparation",
+}
+__all__ = ["__version__", *_PUBLIC, "nn"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from . import nn
+    from .calibration import calibrate
+    from .callbacks import QATCallback
+    from .config import QuantConfig, Rule
+    from .errors import QATError
+    from .export import export_onnx, parity
+    from .numerics import INT4, INT8, Format, fake_quantize
+    from .preparation import prepare, restore
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    if name in ("nn", "calibration", "callbacks", "config", "errors", "export", "numerics", "preparation", "quantizer"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,53 @@
+"""Residual additions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..quantizer import Quantizer
+
+
+class Add(nn.Module):
+    """``a + b`` as a module: use it where ``qat.prepare`` cannot rewrite an addition in a ``forward``.
+
+    Example:
+        >>> import torch
+        >>> Add()(torch.ones(2), torch.ones(2))
+        tensor([2., 2.])
+    """
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+
+class QuantAdd(Add):
+    """``a + b`` with a quantizer on each input, or on one.
+
+    Args:
+        a: Quantizer of the first input, or ``None``.
+        b: Quantizer of the second input, or ``None``.
+        fusable: Which input (0 or 1) a convolution feeds, so that TensorRT can fuse it with the addition if that input
+            is left in high precision; ``None`` if neither.
+    """
+
+    def __init__(self, a: Quantizer | None, b: Quantizer | None, *, fusable: int | None) -> None:
+        super().__init__()
+        self.a_quantizer = a
+        self.b_quantizer = b
+        self.fusable = fusable
+        # While true, the fusable input passes through in high precision. Set by qat.export, around an export only.
+        self.fuse = False
+
+    def forward(self, a: Any, b: Any) -> Any:
+        # The same expression may add something else than two activations in another call (a flag, a shape).
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if self.a_quantizer is not None and not (self.fuse and self.fusable == 0):
+                a = self.a_quantizer(a)
+            if self.b_quantizer is not None and not (self.fuse and self.fusable == 1):
+                b = self.b_quantizer(b)
+        return a + b
+
+    def extra_repr(self) -> str:
+        return f"fusable={('a', 'b')[self.fusable] if self.fusable is not None else None}"

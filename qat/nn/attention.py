@@ -1,0 +1,186 @@
+"""Multi-head attention with quantized projections.
+
+``nn.MultiheadAttention`` calls no linear module: its projections are functional. The quantized form computes what
+``torch.nn.functional.multi_head_attention_forward`` documents, with a quantizer in front of each operand of the input and
+output projections. The two products of activations and the softmax stay in float.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..quantizer import Quantizer, State, WeightQuantizer
+from .derive import Derived
+
+
+def needs_python_path(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook that does nothing.
+
+    PyTorch's fused inference kernels for attention and encoder layers bypass the modules, and step aside for a module
+    that has a hook.
+    """
+
+
+class QuantAttention(Derived):
+    """Mixin of multi-head attention: five input sites (query, key, value, output projection) and their weights."""
+
+    query_quantizer: Quantizer
+    key_quantizer: Quantizer
+    value_quantizer: Quantizer
+    out_quantizer: Quantizer
+    out_weight_quantizer: WeightQuantizer
+    embed_dim: int
+    num_heads: int
+
+    def add_quantizers(self, inputs: dict[str, Quantizer], weights: dict[str, WeightQuantizer]) -> None:
+        """Attach the sites, keyed as :func:`projections` keys them."""
+        for key, site in inputs.items():
+            self.add_module(f"{key}_quantizer", site)
+        for key, weight_site in weights.items():
+            self.add_module(f"{key}_weight_quantizer", weight_site)
+        self._python_path = self.register_forward_pre_hook(needs_python_path)
+
+    def remove_quantizers(self) -> None:
+        """Inverse of :meth:`add_quantizers`."""
+        for name in [n for n, child in self.named_children() if isinstance(child, Quantizer)]:
+            delattr(self, name)
+        self._python_path.remove()
+        del self._python_path
+
+    def refresh_weight_ranges(self) -> None:
+        """Record the current weights' ranges where they follow the weights."""
+        for key, weight in projections(self).items():
+            site = getattr(self, f"{key}_weight_quantizer")
+            if site.state is State.QUANTIZING:
+                site.refresh(weight)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.refresh_weight_ranges()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Self-attention reads one tensor three times: quantize it once.
+        quantizing = self.query_quantizer.state is not State.COLLECTING
+        q_in = self.query_quantizer(query)
+        k_in = q_in if quantizing and key is query else self.key_quantizer(key)
+        v_in = k_in if quantizing and value is key else self.value_quantizer(value)
+        bias = self.in_proj_bias
+        if self._qkv_same_embed_dim:
+            weight = self.in_weight_quantizer(self.in_proj_weight)
+            if q_in is k_in and k_in is v_in:
+                return F.linear(q_in, weight, bias).chunk(3, dim=-1)  # type: ignore[return-value]
+            weights = weight.chunk(3)
+        else:
+            weights = tuple(
+                getattr(self, f"{key}_weight_quantizer")(w) for key, w in projections(self).items() if key != "out"
+            )
+        biases = bias.chunk(3) if bias is not None else (None, None, None)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((q_in, k_in, v_in), weights, biases, strict=True))
+        return q, k, v
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal is a hint about attn_mask: pass the mask too, as nn.MultiheadAttention demands")
+        batched = query.dim() == 3
+        same = key is query, value is key
+        if not batched:
+            query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        elif self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        # Views of one tensor are different objects: keep the identity that _project looks for.
+        key = query if same[0] else key
+        value = key if same[1] else value
+        length, batch, _ = query.shape
+        q, k, v = self._project(query, key, value)
+        mask = self._merge_masks_to_float(attn_mask, key_padding_mask, q, k.shape[0])
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self.bias_k.expand(1, batch, -1)])
+            v = torch.cat([v, self.bias_v.expand(1, batch, -1)])
+            mask = F.pad(mask, (0, 1)) if mask is not None else None
+        q, k, v = (self._split_heads(t, batch) for t in (q, k, v))
+        if self.add_zero_attn:
+            k, v = (torch.cat([t, t.new_zeros(*t.shape[:2], 1, t.shape[3])], dim=2) for t in (k, v))
+            mask = F.pad(mask, (0, 1)) if mask is not None else None
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = F.dropout(weights, dropout, training=True) if dropout > 0.0 else weights
+            out = weights @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        out = out.permute(2, 0, 1, 3).reshape(length, batch, self.embed_dim)
+        out = F.linear(self.out_quantizer(out), self.out_weight_quantizer(self.out_proj.weight), self.out_proj.bias)
+        if weights is not None:
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        if not batched:
+            out = out.squeeze(1)
+        elif self.batch_first:
+            out = out.transpose(0, 1)
+        return out, weights
+
+    def _split_heads(self, x: Tensor, batch: int) -> Tensor:
+        """``(L, N, E)`` to ``(N, heads, L, E / heads)``."""
+        return x.reshape(x.shape[0], batch, self.num_heads, -1).permute(1, 2, 0, 3)
+
+    def _merge_masks_to_float(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, keys: int
+    ) -> Tensor | None:
+        """One additive mask that broadcasts to ``(N, heads, L, S)``, or ``None``."""
+        length, batch = q.shape[:2]
+        merged = None
+        if attn_mask is not None:
+            merged = _additive(attn_mask, q.dtype)
+            if merged.dim() == 3:
+                merged = merged.reshape(batch, self.num_heads, length, keys)
+        if key_padding_mask is not None:
+            padding = _additive(key_padding_mask, q.dtype).reshape(batch, 1, 1, keys)
+            merged = padding if merged is None else merged + padding
+        if merged is None or merged.dim() == 4:
+            return merged
+        return merged.reshape(1, 1, length, keys)
+
+    @classmethod
+    def rebuild_args(cls) -> tuple[Any, ...]:
+        return quant_attention_class, cls.float_class
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
+
+
+def projections(module: nn.MultiheadAttention | QuantAttention) -> dict[str, Tensor]:
+    """The projection weights of an attention module: ``in`` (packed) or ``query``, ``key``, ``value``; and ``out``."""
+    if module._qkv_same_embed_dim:
+        weights = {"in": module.in_proj_weight}
+    else:
+        weights = {"query": module.q_proj_weight, "key": module.k_proj_weight, "value": module.v_proj_weight}
+    return {**weights, "out": module.out_proj.weight}  # type: ignore[dict-item]
+
+
+@functools.lru_cache(maxsize=None)
+def quant_attention_class(float_class: type[nn.Module]) -> type[QuantAttention]:
+    """The quantized class that derives from ``float_class``."""
+    return type(
+        f"Quant{float_class.__name__}", (QuantAttention, float_class), {"float_class": float_class, "__module__": __name__}
+    )

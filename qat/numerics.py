@@ -1,0 +1,179 @@
+"""Symmetric fake quantization: the formulas, and their gradients.
+
+Forward: ONNX QuantizeLinear followed by DequantizeLinear (opset 13 and later) with ``zero_point = 0``,
+
+    ``q = clamp(round_half_even(x / scale), qmin, qmax)``,  ``x_hat = q * scale``,
+
+always in float32, whatever the dtype of ``x`` or the autocast state.
+Backward: straight-through with a clip mask; the scale gradient is that of LSQ (Esser et al., arXiv 1902.08153, section 2.1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import QATError
+
+# 2 ** -24 is the smallest positive float16: a scale below it would become zero in an FP16 engine, and TensorRT
+# refuses scales that are not positive.
+SCALE_MIN = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Format:
+    """An integer number format.
+
+    Attributes:
+        name: Unique; what configurations and reports show.
+        qmin: Smallest code.
+        qmax: Largest code; ``amax`` maps onto it.
+    """
+
+    name: str
+    qmin: int
+    qmax: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+INT8 = Format("int8", -128, 127)
+INT4 = Format("int4", -8, 7)
+FORMATS = {fmt.name: fmt for fmt in (INT8, INT4)}
+
+
+def amax_to_scale(amax: Tensor, fmt: Format = INT8) -> Tensor:
+    """``amax / qmax`` in float32, at least ``SCALE_MIN``.
+
+    Args:
+        amax: Any shape, ``amax >= 0``. Zero (a dead tensor or channel) gives ``SCALE_MIN``.
+        fmt: Number format.
+
+    Returns:
+        Same shape, float32, positive. Differentiable; zero gradient where the floor applies.
+
+    Example:
+        >>> amax_to_scale(torch.tensor([127.0, 254.0]))
+        tensor([1., 2.])
+    """
+    # A tensor divisor: dividing by a Python number may become a multiplication by its reciprocal on CUDA, one ulp off.
+    wide = amax.to(torch.float32)
+    return (wide / torch.full_like(wide, fmt.qmax)).clamp(min=SCALE_MIN)
+
+
+def _view(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """``scale`` in the shape that broadcasts along ``axis`` of ``x``."""
+    if axis is None:
+        return scale
+    return scale.reshape([-1 if d == axis % x.ndim else 1 for d in range(x.ndim)])
+
+
+def quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: Format = INT8) -> Tensor:
+    """The codes of ``x``, held in float32 so that a NaN stays a NaN.
+
+    ONNX QuantizeLinear, opset 13, ``zero_point = 0``.
+
+    Args:
+        x: Any shape, float32, float16 or bfloat16.
+        scale: Positive, float32. Scalar, or shape ``(x.shape[axis],)``.
+        axis: Channel dimension of a per-channel ``scale``.
+        fmt: Number format; codes lie in ``[fmt.qmin, fmt.qmax]``.
+
+    Returns:
+        Same shape, float32. Ties go to even, infinities to the ends of the range.
+
+    Example:
+        >>> quantize(torch.tensor([0.25, 0.75, -99.0]), torch.tensor(0.5))
+        tensor([   0.,    2., -128.])
+    """
+    # Divide, do not multiply by 1 / scale: ONNX divides, and the two differ at ties.
+    return (x.to(torch.float32) / _view(scale, x, axis)).round_().clamp_(fmt.qmin, fmt.qmax)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Saves ``x`` and ``scale`` only; the backward pass recomputes the codes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, axis: int | None, fmt: Format, factor: float) -> Tensor:
+        return quantize(x, scale, axis=axis, fmt=fmt).mul_(_view(scale, x, axis)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        x, scale, ctx.axis, ctx.fmt, ctx.factor = inputs
+        ctx.save_for_backward(x, scale)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, scale = ctx.saved_tensors
+        ratio = x.to(torch.float32) / _view(scale, x, ctx.axis)
+        code = ratio.round()
+        inside = (code >= ctx.fmt.qmin) & (code <= ctx.fmt.qmax)
+        grad_x = torch.where(inside, grad, 0) if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(inside, code - ratio, code.clamp(ctx.fmt.qmin, ctx.fmt.qmax))
+            product = grad.to(torch.float32) * slope
+            if ctx.axis is None:
+                total = product.sum()
+            else:
+                total = product.sum([d for d in range(x.ndim) if d != ctx.axis % x.ndim])
+            grad_scale = total.reshape(scale.shape) * ctx.factor
+        return grad_x, grad_scale, None, None, None
+
+
+def check_scale(x: Tensor, scale: Tensor, axis: int | None) -> None:
+    """Raise :class:`QATError` unless ``scale`` fits ``x`` along ``axis``."""
+    if axis is None:
+        if scale.numel() != 1:
+            raise QATError(f"scale has {scale.numel()} elements; pass axis for per-channel scales")
+    elif not -x.ndim <= axis < x.ndim:
+        raise QATError(f"axis {axis} is out of range for x of shape {tuple(x.shape)}")
+    elif scale.shape != (x.shape[axis],):
+        raise QATError(f"scale has shape {tuple(scale.shape)}, but axis {axis} of x has size {x.shape[axis]}")
+
+
+def fake_quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: Format = INT8) -> Tensor:
+    """Round ``x`` to the grid ``scale * [qmin, qmax]``, with gradients.
+
+    Args:
+        x: Any shape, float32, float16 or bfloat16.
+        scale: Positive, float32. Scalar, or shape ``(x.shape[axis],)``.
+        axis: Channel dimension of a per-channel ``scale``.
+        fmt: Number format.
+
+    Returns:
+        Same shape and dtype as ``x``. Ties round to even, NaN stays NaN.
+        Gradient of ``x``: 1 where ``qmin <= round(x / scale) <= qmax``, else 0.
+        Gradient of ``scale``, if it requires one: ``round(v) - v`` inside and the clipped code outside, with
+        ``v = x / scale``, times ``1 / sqrt(N * qmax)`` where ``N`` counts the elements that share one scale
+        (LSQ, equations 3 and section 2.2).
+
+    Raises:
+        QATError: If ``scale`` does not fit ``axis``.
+
+    Example:
+        >>> fake_quantize(torch.tensor([0.26, -99.0]), torch.tensor(0.5))
+        tensor([  0.5000, -64.0000])
+    """
+    check_scale(x, scale, axis)
+    factor = 1.0
+    if scale.requires_grad:
+        factor = 1.0 / math.sqrt(max(x.numel() // max(scale.numel(), 1), 1) * fmt.qmax)
+    return _FakeQuantize.apply(x, scale, axis, fmt, factor)
+
+
+@torch.library.custom_op("qat::fake_quantize", mutates_args=())
+def fake_quantize_node(x: Tensor, scale: Tensor, axis: int | None, fmt: str) -> Tensor:
+    """:func:`fake_quantize` as one opaque operator, which an exporter finds again in a traced graph."""
+    return _FakeQuantize.forward(x, scale, axis, FORMATS[fmt], 1.0)
+
+
+@fake_quantize_node.register_fake
+def _(x: Tensor, scale: Tensor, axis: int | None, fmt: str) -> Tensor:
+    return torch.empty_like(x)

@@ -1,0 +1,200 @@
+"""One Q/DQ site: its range, its number format and its state."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import QATError
+from .numerics import INT8, SCALE_MIN, Format, amax_to_scale, fake_quantize, fake_quantize_node
+
+
+class State(str, enum.Enum):
+    """What a :class:`Quantizer` does to the tensor that passes through it."""
+
+    OFF = "off"  # nothing: the float model
+    COLLECTING = "collecting"  # show it to the observer, pass it on unchanged
+    QUANTIZING = "quantizing"  # fake-quantize
+    EXPORTING = "exporting"  # fake-quantize by the operator that the ONNX exporter knows
+
+
+class Observer(Protocol):
+    """What calibration attaches to a collecting :class:`Quantizer`."""
+
+    def observe(self, x: Tensor) -> None: ...
+
+
+class Quantizer(nn.Module):
+    """Fake-quantizes activations with one scale a tensor.
+
+    The range is the persistent buffer ``amax`` (float32, shape ``()``), a parameter if it is learned. Its shape never
+    changes, and zero means "no range yet": the site then passes tensors through unchanged. Loading a state dict that
+    holds ranges switches the site on.
+
+    Args:
+        fmt: Number format.
+        learned: Make ``amax`` a parameter that is trained by the LSQ gradient.
+        device: Where ``amax`` lives.
+
+    Example:
+        >>> site = Quantizer()
+        >>> site.set_range(torch.tensor(127.0))
+        >>> site(torch.tensor([0.4, 1.6, 500.0]))
+        tensor([  0.,   2., 127.])
+    """
+
+    amax: Tensor
+    export_scale: Tensor
+    axis: int | None = None
+
+    def __init__(self, fmt: Format = INT8, *, learned: bool = False, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.fmt = fmt
+        # Flags are Python attributes: averaging callbacks would turn an integer buffer into nonsense.
+        self.state = State.OFF
+        self.observer: Observer | None = None
+        self._register_amax((), learned, device)
+
+    def _register_amax(self, shape: tuple[int, ...], learned: bool, device: torch.device | None) -> None:
+        zeros = torch.zeros(shape, dtype=torch.float32, device=device)
+        if learned:
+            self.amax = nn.Parameter(zeros)
+        else:
+            self.register_buffer("amax", zeros)
+
+    @property
+    def learned(self) -> bool:
+        """Whether ``amax`` is trained."""
+        return "amax" in self._parameters
+
+    @property
+    def has_range(self) -> bool:
+        """Whether ``amax`` has been set. Reads the tensor: synchronises on CUDA."""
+        return bool((self.amax > 0).all())
+
+    @property
+    def scale(self) -> Tensor:
+        """``amax / qmax``, float32, shape of ``amax``, at least ``SCALE_MIN``."""
+        return amax_to_scale(self.amax, self.fmt)
+
+    def set_range(self, amax: Tensor) -> None:
+        """Store ``amax`` and start quantizing.
+
+        Args:
+            amax: Shape of ``self.amax``, finite, ``>= 0``. Zeros are raised to ``qmax * SCALE_MIN``.
+
+        Raises:
+            QATError: For another shape, or a negative or non-finite value.
+        """
+        if amax.shape != self.amax.shape:
+            raise QATError(f"amax has shape {tuple(amax.shape)}, this site needs {tuple(self.amax.shape)}")
+        if not bool((amax.isfinite() & (amax >= 0)).all()):
+            raise QATError("amax must be finite and not negative")
+        with torch.no_grad():
+            self.amax.copy_(amax.to(torch.float32).clamp(min=self.fmt.qmax * SCALE_MIN))
+        self.state = State.QUANTIZING
+
+    def set_state(self, state: State) -> None:
+        """Switch the site.
+
+        Raises:
+            QATError: When it should quantize but has no range.
+        """
+        if state in (State.QUANTIZING, State.EXPORTING) and not self.has_range:
+            raise QATError("no data seen, amax is unset. Run qat.calibrate(model, loader) first")
+        self.state = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state is State.QUANTIZING:
+            return fake_quantize(x, self.range_scale(x), axis=self.axis, fmt=self.fmt)
+        if self.state is State.COLLECTING and self.observer is not None:
+            self.observer.observe(x)
+        elif self.state is State.EXPORTING:
+            return fake_quantize_node(x, self.export_scale, self.axis, self.fmt.name)
+        return x
+
+    def range_scale(self, x: Tensor) -> Tensor:
+        """The scale to quantize ``x`` with."""
+        return self.scale
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "amax" in state_dict:
+            self.state = State.QUANTIZING if self.has_range else State.OFF
+
+    def extra_repr(self) -> str:
+        where = "per-tensor" if self.axis is None else f"per-channel axis={self.axis}"
+        learned = ", learned" if self.learned else ""
+        if self.amax.is_meta:
+            amax = "meta"
+        elif self.amax.numel() == 1:
+            amax = f"{self.amax.item():.4g}"
+        else:
+            amax = f"[{self.amax.min().item():.4g}, {self.amax.max().item():.4g}]"
+        return f"{self.fmt}, {where}, amax={amax}{learned}, {self.state.value}"
+
+
+class WeightQuantizer(Quantizer):
+    """Fake-quantizes a weight, per output channel or with one scale.
+
+    While ``follow`` is true the range is the maximum of the weight that passes through, taken anew each time, and
+    ``amax`` only records it; otherwise ``amax`` is used as it is stored.
+
+    Args:
+        fmt: Number format.
+        axis: Channel dimension; ``None`` for one scale a tensor.
+        channels: Size of that dimension.
+        follow: Let the range follow the weight.
+        learned: Make ``amax`` a parameter; excludes ``follow``.
+        device: Where ``amax`` lives.
+    """
+
+    def __init__(
+        self,
+        fmt: Format = INT8,
+        *,
+        axis: int | None = None,
+        channels: int = 1,
+        follow: bool = True,
+        learned: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.fmt = fmt
+        self.axis = axis
+        self.follow = follow and not learned
+        self.state = State.OFF
+        self.observer = None
+        self._register_amax(() if axis is None else (channels,), learned, device)
+
+    def weight_amax(self, weight: Tensor) -> Tensor:
+        """Largest magnitude of ``weight``, float32, shape of ``self.amax``."""
+        magnitude = weight.detach().abs()
+        if self.axis is None:
+            return magnitude.amax().to(torch.float32)
+        return magnitude.amax([d for d in range(weight.ndim) if d != self.axis]).to(torch.float32)
+
+    def range_scale(self, x: Tensor) -> Tensor:
+        return amax_to_scale(self.weight_amax(x), self.fmt) if self.follow else self.scale
+
+    def refresh(self, weight: Tensor) -> None:
+        """Record the range of ``weight`` in ``amax`` if the range follows it; otherwise do nothing."""
+        if self.follow:
+            with torch.no_grad():
+                self.amax.copy_(self.weight_amax(weight).clamp(min=self.fmt.qmax * SCALE_MIN))
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Every distinct quantizer of ``model`` with the first path it is found under."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            yield name, module
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether ``model`` holds any quantizer."""
+    return next(quantizers(model), None) is not None
