@@ -1,0 +1,213 @@
+"""Ranges from histograms: the calibration methods.
+
+Each function takes the counts of ``abs(x)`` in ``n`` bins ``[j * width, (j + 1) * width)``, the last of which holds the
+largest magnitude ``amax``, and returns the range as a float32 scalar on the device of the counts, at most ``amax``.
+All arithmetic is in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import QATError
+from ..numerics import INT8, Format
+from .histogram import Histogram
+
+METHODS = ("max", "percentile", "mse", "entropy")
+
+
+def amax_by_max(counts: Tensor, width: float, amax: float) -> Tensor:
+    """The largest magnitude: nothing is clipped."""
+    return torch.tensor(amax, dtype=torch.float32, device=counts.device)
+
+
+def amax_by_percentile(counts: Tensor, width: float, amax: float, *, percentile: float = 99.99) -> Tensor:
+    """The magnitude below which ``percentile`` percent of the values lie.
+
+    Args:
+        counts: Shape ``(n,)``, int64.
+        width: Width of a bin.
+        amax: Largest magnitude.
+        percentile: Above 0, at most 100. Interpolated linearly within a bin.
+
+    Example:
+        >>> amax_by_percentile(torch.tensor([50, 0, 50]), 1.0, 3.0, percentile=75)
+        tensor(2.5000)
+    """
+    cumulative = counts.cumsum(0)
+    target = cumulative[-1].to(torch.float64) * (percentile / 100)
+    index = torch.searchsorted(cumulative.to(torch.float64), target).clamp(max=len(counts) - 1)
+    inside = counts[index].clamp(min=1).to(torch.float64)
+    fraction = (target - (cumulative[index] - counts[index])) / inside
+    return _capped((index + fraction) * width, amax)
+
+
+def amax_by_mse(counts: Tensor, width: float, amax: float, *, fmt: Format = INT8) -> Tensor:
+    """The range of least squared error between the bin centres and their fake-quantized values, weighted by the counts.
+
+    Candidates are the right edges of the bins from the 129th on (for INT8). Of equal candidates the largest wins.
+
+    With centres ``x_j``, counts ``c_j`` and scale ``s``, the error is
+    ``sum_j c_j x_j^2 - 2 s sum_q q M1_q + s^2 sum_q q^2 M0_q``, where ``M0_q`` and ``M1_q`` are the sums of ``c_j`` and
+    ``c_j x_j`` over the bins with code ``q``: differences of cumulative sums, so that the cost of a candidate is the number of
+    codes, not the number of bins.
+    """
+    first = fmt.qmax + 2
+    if len(counts) < first or not bool(counts.any()):
+        return amax_by_max(counts, width, amax)
+    return _capped(width * (first + _last_minimum(mse_errors(counts, fmt=fmt))).to(torch.float64), amax)
+
+
+def mse_errors(counts: Tensor, *, fmt: Format = INT8) -> Tensor:
+    """Squared error of each candidate of :func:`amax_by_mse`, as a share of the signal's energy.
+
+    Args:
+        counts: Shape ``(n,)``, ``n > fmt.qmax + 1``.
+        fmt: Number format.
+
+    Returns:
+        Shape ``(n - fmt.qmax - 1,)``, float64; element ``k`` belongs to the right edge of bin ``fmt.qmax + 1 + k``.
+    """
+    count = counts.to(torch.float64)
+    n, device = len(count), count.device
+    centre = torch.arange(n, dtype=torch.float64, device=device) + 0.5
+    scale = torch.arange(fmt.qmax + 2, n + 1, dtype=torch.float64, device=device) / fmt.qmax
+    code = torch.arange(1, fmt.qmax + 2, dtype=torch.float64, device=device)
+    # Code q begins at the first bin whose centre is not below (q - 1/2) * scale; at a tie both codes are equally far.
+    begin = ((code - 0.5) * scale[:, None]).sub_(0.5).ceil_().clamp_(max=n).to(torch.int32)
+    begin[:, -1] = n  # the largest code takes all that is clipped
+    m0, m1 = _sums_between(count, begin), _sums_between(count * centre, begin)
+    energy = (count * centre.square()).sum()
+    error = energy - 2 * scale * (m1 @ code[:-1]) + scale.square() * (m0 @ code[:-1].square())
+    return error / energy
+
+
+def amax_by_entropy(counts: Tensor, width: float, amax: float, *, fmt: Format = INT8) -> Tensor:
+    """The range of least Kullback-Leibler divergence between the clipped and the quantized distribution.
+
+    The algorithm of TensorRT's entropy calibrator as NVIDIA published it (S. Migacz, GTC 2017, talk S7310) in the form of
+    pytorch-quantization 2.2: the first bin takes the count of the second; a candidate keeps the first ``i`` bins, ``i`` from
+    128 to ``n``; its reference is those bins with all outliers added to the last one, its approximation the same bins,
+    without outliers, averaged over the non-empty bins of each of 128 levels. The last minimum wins.
+
+    Fewer bins than levels leave no candidate: the result is ``amax``.
+    """
+    levels = fmt.qmax + 1
+    if len(counts) < levels or not bool(counts[1:].any()):
+        return amax_by_max(counts, width, amax)
+    return _capped(width * (levels + _last_minimum(divergences(counts, levels))).to(torch.float64), amax)
+
+
+def divergences(counts: Tensor, levels: int = 128) -> Tensor:
+    """Kullback-Leibler divergence of each candidate of :func:`amax_by_entropy`.
+
+    The divergence is a sum over bins of terms that depend on a bin's own count or on its level only. Both parts are
+    differences of cumulative sums, so that a candidate costs as much as there are levels, whatever the number of bins.
+
+    Args:
+        counts: Shape ``(n,)``, ``n >= levels``, not all zero from the second bin on.
+        levels: Number of magnitudes.
+
+    Returns:
+        Shape ``(n - levels + 1,)``, float64, nats; element ``k`` keeps ``levels + k`` bins. Infinite where outliers fall
+        onto an empty bin.
+    """
+    count = torch.cat([counts[1:2], counts[1:]])
+    n, device = len(count), count.device
+    total = count.sum().to(torch.float64)
+    p = count.to(torch.float64) / total
+
+    kept = torch.arange(levels, n + 1, device=device)
+    # Bin j of i lies in level floor(j * levels / i): level l begins at ceil(l * i / levels). Levels are a power of two: exact.
+    share = torch.arange(levels + 1, dtype=torch.float64, device=device) / levels
+    begin = (share * kept[:, None]).ceil_().to(torch.int32)
+    # Sums of counts, unlike sums of shares, are exact: a level without mass has exactly none.
+    mass = _sums_between(count.to(torch.float64), begin).div_(total)
+    average = mass / _sums_between((count > 0).to(torch.float64), begin).clamp_(min=1)
+    log_average = average.clamp_(min=torch.finfo(torch.float64).tiny).log_()
+
+    inside = count.cumsum(0)[kept - 1]
+    last, outliers = p[kept - 1], (total - inside) / total
+    clipped = last + outliers
+    reference = _from_zero(torch.xlogy(p, p).cumsum(0))[kept - 1] + torch.xlogy(clipped, clipped)
+    approximation = (mass * log_average).sum(dim=1) + outliers * log_average[:, -1]
+    divergence = reference - approximation + (inside / total).log()
+    return torch.where((outliers > 0) & (last == 0), torch.inf, divergence)
+
+
+def find_amax(histogram: Histogram, method: str = "mse", *, percentile: float = 99.99, fmt: Format = INT8) -> Tensor:
+    """The range of one tensor.
+
+    Args:
+        histogram: Not empty.
+        method: One of ``METHODS``.
+        percentile: For ``method="percentile"``.
+        fmt: Number format.
+
+    Returns:
+        Scalar, float32, on the device of the counts, between 0 and ``histogram.amax``.
+
+    Raises:
+        QATError: For another method, or a percentile outside ``(0, 100]``.
+    """
+    check_method(method, percentile)
+    counts, width, amax = histogram.used, histogram.width, histogram.amax
+    if method == "percentile":
+        return amax_by_percentile(counts, width, amax, percentile=percentile)
+    if method == "mse":
+        return amax_by_mse(counts, width, amax, fmt=fmt)
+    if method == "entropy":
+        return amax_by_entropy(counts, width, amax, fmt=fmt)
+    return amax_by_max(counts, width, amax)
+
+
+def quality(histogram: Histogram, amax: float, *, fmt: Format = INT8) -> tuple[float, float]:
+    """What a range does to the data, estimated from the bin centres.
+
+    Args:
+        histogram: Not empty.
+        amax: The range, positive.
+        fmt: Number format.
+
+    Returns:
+        The share of values above ``amax``, and the signal-to-quantization-noise ratio in dB.
+    """
+    count = histogram.used.to(torch.float64)
+    centre = (torch.arange(len(count), dtype=torch.float64, device=count.device) + 0.5) * histogram.width
+    scale = amax / fmt.qmax
+    noise = (count * ((centre / scale).round().clamp(max=fmt.qmax) * scale - centre).square()).sum()
+    above = ((centre + histogram.width / 2 - amax) / histogram.width).clamp(0, 1)
+    if amax >= histogram.amax:
+        above = torch.zeros_like(above)
+    sqnr = 10 * torch.log10((count * centre.square()).sum() / noise)
+    return float((count * above).sum() / count.sum()), float(sqnr)
+
+
+def check_method(method: str, percentile: float) -> None:
+    """Raise :class:`QATError` for an unknown method or an impossible percentile."""
+    if method not in METHODS:
+        raise QATError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+    if not 0 < percentile <= 100:
+        raise QATError(f"percentile={percentile!r}: must lie above 0 and be at most 100")
+
+
+def _from_zero(cumulative: Tensor) -> Tensor:
+    """Prepend the zero that a cumulative sum starts from."""
+    return torch.nn.functional.pad(cumulative, (1, 0))
+
+
+def _sums_between(values: Tensor, begin: Tensor) -> Tensor:
+    """Sums of ``values`` over the intervals between neighbours in each row of ``begin``, shape ``(rows, intervals + 1)``."""
+    # index_select: several times as fast as indexing.
+    at = _from_zero(values.cumsum(0)).index_select(0, begin.reshape(-1)).reshape(begin.shape)
+    return at[:, 1:] - at[:, :-1]
+
+
+def _last_minimum(values: Tensor) -> Tensor:
+    """Index of the last minimum. Values of order one that differ by 1e-12 differ by rounding only: they count as equal."""
+    return (values <= values.min() + 1e-12).nonzero().max()
+
+
+def _capped(value: Tensor, amax: float) -> Tensor:
+    return value.clamp(max=amax).to(torch.float32)

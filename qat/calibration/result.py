@@ -1,0 +1,95 @@
+"""What a calibration pass found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..quantizer import Quantizer
+from .histogram import Histogram
+from .methods import check_method, find_amax, quality
+
+
+class Calibration:
+    """The statistics of one pass over the data, from which any method's ranges can be taken.
+
+    Prints as a table of the ranges that were applied last. Holds one histogram a site (32 KiB), no activations.
+
+    Attributes:
+        histograms: Of the activations, by site path.
+        weights: ``max(abs(weight))`` by site path, in the shape of the site's ``amax``.
+    """
+
+    def __init__(
+        self, sites: Mapping[str, Quantizer], histograms: Mapping[str, Histogram], weights: Mapping[str, Tensor]
+    ) -> None:
+        self._sites = dict(sites)
+        self.histograms = dict(histograms)
+        self.weights = dict(weights)
+        self._applied: tuple[str, dict[str, Tensor]] | None = None
+
+    def ranges(self, method: str = "mse", *, percentile: float = 99.99) -> dict[str, Tensor]:
+        """The activation ranges by ``method``; changes nothing.
+
+        Args:
+            method: ``"max"``, ``"percentile"``, ``"mse"`` or ``"entropy"``.
+            percentile: For ``method="percentile"``; above 0, at most 100.
+
+        Returns:
+            Site path to ``amax``, a float32 scalar; zero for a tensor of zeros.
+
+        Raises:
+            QATError: For an unknown method or an impossible percentile.
+        """
+        check_method(method, percentile)
+        return {
+            path: find_amax(histogram, method, percentile=percentile, fmt=self._sites[path].fmt)
+            for path, histogram in self.histograms.items()
+        }
+
+    def apply(self, method: str = "mse", *, percentile: float = 99.99) -> None:
+        """Set the ranges of the calibrated model, in place, and start quantizing.
+
+        Activations get the ranges by ``method``; weights get their maximum, as it was during the pass.
+
+        Args:
+            method: As in :meth:`ranges`.
+            percentile: As in :meth:`ranges`.
+
+        Raises:
+            QATError: For an unknown method or an impossible percentile.
+        """
+        ranges = self.ranges(method, percentile=percentile)
+        for path, amax in {**ranges, **self.weights}.items():
+            self._sites[path].set_range(amax)
+        label = f"percentile {percentile:g}" if method == "percentile" else method
+        self._applied = label, ranges
+
+    def dead_sites(self) -> list[str]:
+        """Paths of the sites whose activation or weight was zero throughout."""
+        dead = [path for path, histogram in self.histograms.items() if histogram.amax == 0]
+        return dead + [path for path, amax in self.weights.items() if not bool(amax.any())]
+
+    def __rich__(self) -> Table:
+        method, ranges = self._applied or ("not applied", {})
+        table = Table(title=f"Activation ranges ({method})", caption=f"{len(self.weights)} weights: by max")
+        table.add_column("site", overflow="fold")
+        for column in ("max", "amax", "clipped", "SQNR dB"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for path, histogram in self.histograms.items():
+            row = [path, f"{histogram.amax:.4g}"]
+            amax = float(ranges[path]) if path in ranges else 0.0
+            if amax > 0:
+                clipped, sqnr = quality(histogram, amax, fmt=self._sites[path].fmt)
+                row += [f"{amax:.4g}", f"{clipped:.4%}", f"{sqnr:.1f}"]
+            table.add_row(*row)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
