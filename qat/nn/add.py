@@ -34,11 +34,19 @@ class QuantAdd(Add):
 
     def __init__(self, a: Quantizer | None, b: Quantizer | None, *, fusable: int | None) -> None:
         super().__init__()
+        self.set_quantizers(a, b, fusable=fusable)
+
+    def set_quantizers(self, a: Quantizer | None, b: Quantizer | None, *, fusable: int | None) -> None:
+        """Attach the sites; also how an :class:`Add` becomes a ``QuantAdd`` in place."""
         self.a_quantizer = a
         self.b_quantizer = b
         self.fusable = fusable
         # While true, the fusable input passes through in high precision. Set by qat.export, around an export only.
         self.fuse = False
+
+    def remove_quantizers(self) -> None:
+        """Inverse of :meth:`set_quantizers`."""
+        del self.a_quantizer, self.b_quantizer, self.fusable, self.fuse
 
     def forward(self, a: Any, b: Any) -> Any:
         # The same expression may add something else than two activations in another call (a flag, a shape).

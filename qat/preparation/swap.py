@@ -1,0 +1,164 @@
+"""Carrying out a plan: classes are exchanged in place, quantizers attached; and the way back."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn.add import Add, QuantAdd
+from ..nn.attention import QuantAttention, projections, quant_attention_class
+from ..nn.derive import Derived
+from ..nn.layers import CONVS, CONVS_TRANSPOSED, QuantLayer, make_weight_quantizer, quant_class
+from ..nn.pool import QuantPool, quant_pool_class
+from ..quantizer import Quantizer, WeightQuantizer
+from .plan import Plan, PlannedExpression, Slot
+from .report import Report, Site
+from .source import Key, derive_class, read_class
+
+REPORT = "_qat_report"
+
+
+class Rewritten(Derived):
+    """Mixin of modules in whose forward some expressions are submodules.
+
+    Attributes:
+        names: Submodule for each expression.
+    """
+
+    names: tuple[tuple[Key, str], ...]
+
+    def remove_quantizers(self) -> None:
+        """Delete the submodules."""
+        for _, name in self.names:
+            delattr(self, name)
+
+    @classmethod
+    def rebuild_args(cls) -> tuple[Any, ...]:
+        return rewritten_class, cls.float_class, cls.names
+
+
+@functools.lru_cache(maxsize=None)
+def rewritten_class(float_class: type[nn.Module], names: tuple[tuple[Key, str], ...]) -> type[Rewritten]:
+    """The class that derives from ``float_class`` with these expressions replaced."""
+    members = {"float_class": float_class, "names": names, "__module__": __name__}
+    return derive_class(read_class(float_class), dict(names), (Rewritten,), members)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> Report:
+    """Change ``model`` in place as planned."""
+    home = next(iter(model.parameters())).device
+    made: dict[Slot, Quantizer] = {}
+
+    def quantizer(slot: Slot, device: torch.device) -> Quantizer:
+        top = plan.groups[slot]
+        if top not in made:
+            site = plan.config.site(top[0])
+            made[top] = Quantizer(site.activation_format, learned=site.learn_scales, device=device)
+        return made[top]
+
+    weights: dict[tuple[int, Any], WeightQuantizer] = {}
+    for path, site in plan.layers.items():
+        module = model.get_submodule(path)
+        if isinstance(module, nn.MultiheadAttention):
+            tensors = projections(module)
+            device = module.out_proj.weight.device
+            inputs = {what: quantizer((path, what), device) for what in ("query", "key", "value", "out")}
+            own = {
+                key: weights.setdefault((id(w), site), make_weight_quantizer(w, site)) for key, w in tensors.items()
+            }
+            module.__class__ = quant_attention_class(type(module))
+            module.add_quantizers(inputs, own)  # type: ignore[operator]
+        else:
+            weight = module.weight
+            per_channel = not isinstance(module, CONVS_TRANSPOSED)
+            new = make_weight_quantizer(weight, site, per_channel=per_channel)  # type: ignore[arg-type]
+            weight_site = weights.setdefault((id(weight), site), new)
+            module.__class__ = quant_class(type(module))
+            module.add_quantizers(quantizer((path, "input"), weight.device), weight_site)  # type: ignore[operator,arg-type]
+    for path in plan.pools:
+        module = model.get_submodule(path)
+        module.__class__ = quant_pool_class(type(module))
+        module.add_quantizers(quantizer((path, "input"), home))  # type: ignore[operator]
+    _rewrite(model, plan, quantizer, home)
+    report = _report(model, plan)
+    setattr(model, REPORT, report)
+    return report
+
+
+def _rewrite(model: nn.Module, plan: Plan, quantizer: Any, home: torch.device) -> None:
+    by_module: dict[str, list[tuple[PlannedExpression, nn.Module]]] = {}
+    for item in plan.adds:
+        a, b = (
+            quantizer((item.path, what), home) if placed else None for what, placed in zip("ab", item.inputs, strict=True)
+        )
+        if item.located.key is None:
+            module = model.get_submodule(item.path)
+            module.__class__ = QuantAdd
+            module.set_quantizers(a, b, fusable=item.located.fusable)  # type: ignore[operator]
+        else:
+            by_module.setdefault(item.located.path, []).append((item, QuantAdd(a, b, fusable=item.located.fusable)))
+    for item in plan.pool_calls:
+        by_module.setdefault(item.located.path, []).append((item, quantizer((item.path, "input"), home)))
+    for path, items in by_module.items():
+        module = model.get_submodule(path)
+        names = tuple((item.located.key, item.name) for item, _ in items if item.located.key is not None)
+        module.__class__ = rewritten_class(type(module), names)
+        for item, child in items:
+            child.train(module.training)
+            module.add_module(item.name, child)
+
+
+def undo(model: nn.Module) -> int:
+    """Take every exchanged class and every quantizer of ``model`` back; return how many modules were changed."""
+    changed = 0
+    for module in list(model.modules()):
+        if type(module) is QuantAdd:
+            module.remove_quantizers()
+            module.__class__ = Add
+        elif isinstance(module, Derived):
+            module.remove_quantizers()
+            module.__class__ = module.float_class
+        else:
+            continue
+        changed += 1
+    model.__dict__.pop(REPORT, None)
+    return changed
+
+
+def _report(model: nn.Module, plan: Plan) -> Report:
+    paths = {id(module): path for path, module in model.named_modules()}
+    kinds = {path: _kind(model.get_submodule(path)) for path in plan.layers}
+    sites: list[Site] = []
+
+    def add(path: str, what: str, kind: str, site: Quantizer, note: str = "") -> None:
+        granularity = "per-tensor" if site.axis is None else "per-channel"
+        sites.append(Site(path, what, kind, granularity, str(site.fmt), paths[id(site)], note))
+
+    expressions = {item.path: item for item in (*plan.adds, *plan.pool_calls)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path in kinds:
+            for name, site in module.named_children():
+                if isinstance(site, Quantizer):
+                    add(path, name.removesuffix("_quantizer"), kinds[path], site)
+        elif path in plan.pools and isinstance(module, QuantPool):
+            add(path, "input", "pool", module.input_quantizer)
+        elif path in expressions and isinstance(module, Quantizer):
+            add(path, "input", "pool", module)
+        elif path in expressions and isinstance(module, QuantAdd):
+            for position, site in enumerate((module.a_quantizer, module.b_quantizer)):
+                if site is not None:
+                    fusable = "fusable into its layer" if module.fusable == position else ""
+                    add(path, f"add {'ab'[position]}", "add", site, fusable)
+    return Report(tuple(sites), tuple(plan.left), plan.head, plan.head_source, plan.config)
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, QuantAttention):
+        return "attention"
+    return "conv" if isinstance(module, CONVS + CONVS_TRANSPOSED) else "linear"
+
+
+__all__ = ["QuantLayer", "apply_plan", "undo"]
