@@ -1,0 +1,388 @@
+"""Quantization-aware training in Lightning: :class:`QATCallback`, a thin shell over the functions of the package."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from .batchnorm import freeze_batch_norm
+from .calibration import calibrate
+from .calibration.batches import run_batch
+from .config import QuantConfig, Rule
+from .errors import QATError
+from .nn.attention import QuantAttention
+from .nn.layers import QUANTIZABLE
+from .nonfinite import first_non_finite
+from .preparation import Report, prepare, prepared_report, restore
+from .quantizer import WeightQuantizer, is_prepared, quantizers
+
+CHECKPOINT_KEY = "qat"
+DEFAULT_BATCHES = 32
+_LAYERS = (*QUANTIZABLE, nn.MultiheadAttention, QuantAttention)
+_AVERAGING = (StochasticWeightAveraging, WeightAveraging)
+_SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
+
+class QATCallback(Callback):
+    """Prepares, calibrates and fine-tunes: ``Trainer(callbacks=[QATCallback()])``.
+
+    The model is prepared in ``setup`` of every stage, so that the optimizer, the strategy and every checkpoint see the
+    sites. ``fit`` calibrates before the first step unless the sites have ranges already, prepared by hand or loaded
+    from a checkpoint. Nothing is converted at the end: export is a call of its own.
+
+    Args:
+        config: What is quantized and how, a :class:`~qat.QuantConfig` or a mapping of its settings. ``None`` means the
+            defaults, or those of a model that is prepared already. It travels in the checkpoint; loading one that was
+            saved with another config is an error.
+        calibration: Keyword arguments of :func:`qat.calibrate` (``method``, ``batches``, ...).
+        calibration_data: A loader to calibrate from. By default the train loader, without moving the random state that
+            orders the training batches.
+        forward: ``forward(module, batch)`` runs the LightningModule on one batch, for calibration and for naming the
+            source of a non-finite loss. By default ``module(x)``, with the first element of the batch as ``x``; without a
+            ``forward`` of its own, the one prepared sub-model is called.
+        target: Attribute path, or paths, of the sub-models to prepare. By default every child that holds convolution,
+            linear or attention layers, except metrics, losses and frozen teachers. When the layers are attributes of
+            the LightningModule itself, or of several children that its ``forward`` chains, it is prepared as a whole.
+        freeze_bn_epoch: First epoch (from 0) with frozen batch-norm statistics; ``None`` never freezes them.
+
+    Raises:
+        QATError: For an invalid argument. During ``setup``: when there is nothing to quantize, or for a strategy or
+            callback that cannot work with this one.
+    """
+
+    def __init__(
+        self,
+        config: QuantConfig | Mapping[str, Any] | None = None,
+        *,
+        calibration: Mapping[str, Any] | None = None,
+        calibration_data: Iterable[Any] | None = None,
+        forward: Callable[[Any, Any], Any] | None = None,
+        target: str | Sequence[str] | None = None,
+        freeze_bn_epoch: int | None = 0,
+    ) -> None:
+        if freeze_bn_epoch is not None and freeze_bn_epoch < 0:
+            raise QATError(f"freeze_bn_epoch={freeze_bn_epoch}: must be an epoch from 0, or None to keep statistics live")
+        self.config = QuantConfig.from_dict(config) if isinstance(config, Mapping) else config
+        self.calibration = dict(calibration or {})
+        known = [name for name in inspect.signature(calibrate).parameters if name not in ("model", "data")]
+        unknown = [name for name in self.calibration if name not in known]
+        if unknown:
+            raise QATError(f"calibration: unknown key {unknown[0]!r}; known keys: {', '.join(known)}")
+        self.calibration_data = calibration_data
+        self.forward = forward
+        self.target = (target,) if isinstance(target, str) else None if target is None else tuple(target)
+        self.freeze_bn_epoch = freeze_bn_epoch
+        self._load_guard: Any = None
+        self._last_step: tuple[Any, Any] | None = None
+
+    # Insertion
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Prepare the model."""
+        check_compatible(trainer, self)
+        # Layers made in this hook must exist now; Lightning requires it to work when it is called again.
+        if is_overridden("configure_model", pl_module):
+            pl_module.configure_model()
+        prepare_module(pl_module, self.config, self.target)
+        self._remove_load_guard()
+        self._load_guard = pl_module.register_load_state_dict_pre_hook(_load_guard(trainer))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Drop what belongs to one run of the trainer."""
+        self._remove_load_guard()
+        self._last_step = None
+
+    def _remove_load_guard(self) -> None:
+        if self._load_guard is not None:
+            self._load_guard.remove()
+            self._load_guard = None
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the configuration as plain values."""
+        checkpoint[CHECKPOINT_KEY] = {"configs": configs_of(pl_module)}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another configuration."""
+        _check_same_configs(checkpoint, pl_module)
+
+    # Training
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate, unless the sites have ranges."""
+        self._remove_load_guard()
+        ranges_to_float32(pl_module)
+        sites = [site for _, site in quantizers(pl_module) if not isinstance(site, WeightQuantizer)]
+        if any(site.has_range for site in sites):
+            return
+        # Outside isolate_rng: the loader built here is the one that training uses, and draws what it would have drawn.
+        trainer.fit_loop.setup_data()
+        with isolate_rng():
+            self._calibrate(trainer, pl_module)
+
+    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = trainer.train_dataloader if self.calibration_data is None else self.calibration_data
+        options = dict(self.calibration)
+        batches = options.pop("batches", DEFAULT_BATCHES)
+
+        def run(module: nn.Module) -> None:
+            with keep_generators(data):
+                for batch, *_ in itertools.islice(iter(CombinedLoader(data, "min_size")), batches):
+                    self._run(trainer, pl_module, batch)
+
+        calibrate(pl_module, run, **options)
+
+    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+        batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+        with trainer.precision_plugin.forward_context():
+            return (self.forward or run_module)(pl_module, batch)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Freeze batch norm when training starts or resumes in the middle of an epoch."""
+        self._freeze_batch_norm(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Freeze batch norm at the start of each epoch, after whatever called ``train()`` there."""
+        if batch_idx == 0:
+            self._freeze_batch_norm(trainer, pl_module)
+
+    def _freeze_batch_norm(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.freeze_bn_epoch is not None and trainer.current_epoch >= self.freeze_bn_epoch:
+            freeze_batch_norm(pl_module)
+
+    # Non-finite losses
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the step, unread: looking at the loss here would synchronise with the device every time."""
+        self._last_step = (outputs["loss"] if isinstance(outputs, Mapping) else outputs, batch)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the last loss before a checkpoint of it can be kept as the best."""
+        self._check_loss(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the last loss of the epoch: a loss that was ever non-finite has ruined the weights, and stays so."""
+        self._check_loss(trainer, pl_module)
+
+    def _check_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._last_step is None:
+            return
+        loss, batch = self._last_step
+        self._last_step = None
+        if not isinstance(loss, Tensor) or bool(loss.isfinite().all()):
+            return
+        site = first_non_finite(pl_module, lambda module: self._run(trainer, pl_module, batch))
+        found = f"first seen by {site}" if site else "every site saw finite values only: look at what follows the last one"
+        raise QATError(
+            f"the training loss is {loss.mean().item()} in epoch {trainer.current_epoch}, {found}. "
+            "A NaN in an input comes from the data or the layer before; in a weight, lower the learning rate"
+        )
+
+
+def check_compatible(trainer: pl.Trainer, callback: QATCallback) -> None:
+    """Refuse strategies and callbacks that cannot work with ``callback``.
+
+    Raises:
+        QATError: For a sharding strategy, for weight averaging that copies the model before it is prepared, and for
+            stochastic weight averaging with frozen batch norm.
+    """
+    if isinstance(trainer.strategy, _SHARDED):
+        raise QATError(
+            f"strategy {type(trainer.strategy).__name__}: not supported, it loads checkpoints after the sites were "
+            "calibrated. Use a single device or DDP"
+        )
+    before = True
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is callback:
+            before = False
+        elif isinstance(other, StochasticWeightAveraging) and callback.freeze_bn_epoch is not None:
+            raise QATError(
+                "StochasticWeightAveraging resets the batch-norm statistics and cannot re-estimate them while they are "
+                "frozen. Use QATCallback(freeze_bn_epoch=None), or leave the averaging out"
+            )
+        elif isinstance(other, _AVERAGING) and before:
+            name = type(other).__name__
+            raise QATError(f"{name} copies the model before it is prepared: list QATCallback before {name}")
+
+
+def prepare_module(
+    pl_module: pl.LightningModule, config: QuantConfig | None = None, target: Sequence[str] | None = None
+) -> None:
+    """Prepare the sub-models of a LightningModule in place; those that are prepared already stay as they are.
+
+    Args:
+        pl_module: The LightningModule.
+        config: What is quantized and how; ``None`` means the defaults, or what a prepared sub-model has.
+        target: Attribute paths of the sub-models; ``None`` finds them as :class:`QATCallback` says.
+
+    Raises:
+        QATError: For a path that does not exist, when there is nothing to quantize, or when a sub-model is prepared with
+            another configuration. The module is then unchanged.
+    """
+    reports = _reports(pl_module)
+    if config is not None:
+        _check_unchanged(reports, config)
+    if target is not None:
+        chosen = {path: _submodule(pl_module, path) for path in target if path not in reports}
+    elif reports:
+        return
+    else:
+        chosen, config = _find_targets(pl_module, config or QuantConfig())
+    example_inputs = getattr(pl_module, "example_input_array", None)
+    done: list[nn.Module] = []
+    try:
+        for module in chosen.values():
+            # The example is what the LightningModule's own forward takes; with several sub-models, nobody knows whose.
+            prepare(module, config, example_inputs=example_inputs if len(chosen) == 1 else None)
+            done.append(module)
+    except QATError:
+        for module in done:
+            restore(module)
+        raise
+
+
+def _check_unchanged(reports: Mapping[str, Report], config: QuantConfig) -> None:
+    for path, report in reports.items():
+        differing = _differing(report.config.to_dict(), config.to_dict())
+        # A whole LightningModule has rules of its own for the children that it leaves alone.
+        if differing and (path or differing != ["rules"]):
+            raise QATError(
+                f"{path or 'the LightningModule'} is prepared already, with another {', '.join(differing)}: call "
+                "qat.restore on it first, or leave config out"
+            )
+
+
+def _submodule(pl_module: pl.LightningModule, path: str) -> nn.Module:
+    try:
+        return pl_module.get_submodule(path)
+    except AttributeError as error:
+        children = ", ".join(name for name, _ in pl_module.named_children())
+        raise QATError(f"target={path!r}: {type(pl_module).__name__} has no such module; its children: {children}") from error
+
+
+def _find_targets(pl_module: pl.LightningModule, config: QuantConfig) -> tuple[dict[str, nn.Module], QuantConfig]:
+    """The sub-models to prepare by path, and the configuration that leaves the rest alone."""
+    with_layers = {
+        name: child
+        for name, child in pl_module.named_children()
+        if not isinstance(child, Metric | MetricCollection) and _has_layers(child)
+    }
+    if not with_layers:
+        kinds = ", ".join(kind.__name__ for kind in (*QUANTIZABLE, nn.MultiheadAttention))
+        raise QATError(
+            f"{type(pl_module).__name__}: nothing to quantize, no child holds any of {kinds}. Build the model in __init__ "
+            "or configure_model (setup is too late), or name it: QATCallback(target=...)"
+        )
+    # A wholly frozen child next to one that trains is a teacher or a perceptual loss. Alone, it is the frozen model.
+    trained = {n: m for n, m in with_layers.items() if any(p.requires_grad for p in m.parameters())} or with_layers
+    if len(trained) == 1 and not isinstance(next(iter(trained.values())), _LAYERS):
+        return trained, config
+    if not is_overridden("forward", pl_module):
+        return {name: module for name, module in trained.items() if not isinstance(module, _LAYERS)}, config
+    # Several parts that one forward chains: only as a whole do they show which layer is the head.
+    others = [name for name, child in pl_module.named_children() if name not in trained and _has_layers(child)]
+    return {"": pl_module}, config.replace(rules=(*config.rules, *(Rule(name, quantize=False) for name in others)))
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(isinstance(child, _LAYERS) for child in module.modules())
+
+
+def ranges_to_float32(model: nn.Module) -> None:
+    """Bring every range back to float32, in place: ``Trainer(precision="bf16-true")`` casts all floating tensors."""
+    for _, site in quantizers(model):
+        site.amax.data = site.amax.data.to(torch.float32)
+
+
+def run_module(pl_module: pl.LightningModule, batch: Any) -> None:
+    """Run a LightningModule on one batch as :func:`qat.calibrate` runs a model: with its first element.
+
+    Raises:
+        QATError: When the module has no ``forward`` and more than one prepared sub-model, or for a batch that does not say
+            what the model takes.
+    """
+    models: list[nn.Module] = [pl_module]
+    if not is_overridden("forward", pl_module):
+        models = [child for child in pl_module.children() if is_prepared(child)]
+    if len(models) != 1:
+        name = type(pl_module).__name__
+        raise QATError(f"{name} has no forward and {len(models)} prepared sub-models: pass QATCallback(forward=...)")
+    run_batch(models[0], batch, None)
+
+
+@contextmanager
+def keep_generators(data: Any) -> Iterator[None]:
+    """Restore, on leaving, the random generators that a loader and its samplers were given."""
+    owners = [data, getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None)]
+    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _reports(pl_module: nn.Module) -> dict[str, Report]:
+    return {path: report for path, module in pl_module.named_modules() if (report := prepared_report(module))}
+
+
+def configs_of(pl_module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The configuration of every prepared sub-model by its path, as plain values."""
+    return {path: report.config.to_dict() for path, report in _reports(pl_module).items()}
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    return [key for key in a if a[key] != b[key]]
+
+
+def _check_same_configs(checkpoint: Mapping[str, Any], pl_module: nn.Module) -> None:
+    saved = checkpoint.get(CHECKPOINT_KEY, {}).get("configs")
+    if saved is None:
+        return
+    ours = configs_of(pl_module)
+    if saved.keys() != ours.keys():
+        raise QATError(f"the checkpoint holds other prepared sub-models: {list(saved)}, here {list(ours)}. Pass target=")
+    for path, settings in saved.items():
+        # Missing keys take their defaults: the checkpoint may be older than a setting.
+        theirs, here = QuantConfig.from_dict(settings).to_dict(), ours[path]
+        differing = [f"{key} (checkpoint {theirs[key]!r}, here {here[key]!r})" for key in _differing(theirs, here)]
+        if differing:
+            raise QATError(f"{path}: the checkpoint was saved with another configuration: {', '.join(differing)}")
+
+
+def _load_guard(trainer: pl.Trainer) -> Callable[..., None]:
+    """A hook that explains a checkpoint whose sites do not fit, where torch would only list its keys.
+
+    Lightning loads the weights before it shows the checkpoint to callbacks.
+    """
+
+    def check(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) -> None:
+        held = {key for key in state_dict if key.endswith(".amax")}
+        needed = {key for key in module.state_dict() if key.endswith(".amax")}
+        if trainer.ckpt_path is None or held == needed:
+            return
+        if not held:
+            raise QATError(
+                f"{trainer.ckpt_path}: a checkpoint of the float model. Load it into the LightningModule before fit, "
+                "without ckpt_path"
+            )
+        _check_same_configs(trainer.strategy.load_checkpoint(trainer.ckpt_path), module)
+
+    return check

@@ -1,0 +1,50 @@
+"""Packaging of torch-qat; the import name is ``qat``."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "qat" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+assert VERSION is not None, "qat/__init__.py holds no __version__"
+
+RECIPES = ["scikit-learn", "matplotlib"]
+RTX = ["tensorrt-rtx-cu13"]
+
+setup(
+    name="torch-qat",
+    version=VERSION.group(1),
+    description="Quantization-aware training for PyTorch, down to a verified TensorRT INT8 engine",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["qat", "qat.*"]),
+    package_data={"qat": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11",
+        "torchvision",
+        "lightning>=2.6",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "rich",
+        "pyyaml",
+        "numpy",
+    ],
+    extras_require={
+        "recipes": RECIPES,
+        "elpv": [*RECIPES, "elpv-dataset"],
+        "rtx": RTX,
+        "test": [*RECIPES, *RTX, "pytest", "hypothesis", "timm", "ruff", "mypy"],
+    },
+    classifiers=[
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
