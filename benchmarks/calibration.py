@@ -72,7 +72,7 @@ def time_methods(bins: int, repeats: int) -> list[str]:
     methods = {"max": amax_by_max, "percentile": amax_by_percentile, "mse": amax_by_mse, "entropy": amax_by_entropy}
     rows = ["| method | ms a tensor |", "|---|---|"]
     for name, method in methods.items():
-        rows.append(f"| {name} | {median_ms(lambda method=method: method(tensor, width, 1.0), repeats):.2f} |")  # type: ignore[misc]
+        rows.append(f"| {name} | {median_ms(lambda method=method: method(tensor, width, 1.0), repeats):.2f} |")
     begin = time.perf_counter()
     entropy_loop(counts)
     rows.append(f"| entropy, plain loop over bins | {1000 * (time.perf_counter() - begin):.0f} |")
@@ -145,7 +145,8 @@ def main() -> None:
     else:
         rows = time_resnet(args.images, args.batch, args.size, args.every)
         setting = f"resnet --images {args.images} --batch {args.batch} --size {args.size} --every {args.every}"
-    machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    machine = f"{versions}, {platform.machine()}, {torch.get_num_threads()} threads"
     text = "\n".join([f"`python benchmarks/calibration.py {setting}` ({machine})", "", *rows, ""])
     print(text)
     if args.out:

@@ -27,7 +27,8 @@ from qat.numerics import INT4
 
 # The plain loop lives with the benchmark that times it.
 _spec = importlib.util.spec_from_file_location("loop", Path(__file__).parents[1] / "benchmarks" / "calibration.py")
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 _benchmark = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_benchmark)
 entropy_loop: Callable[[np.ndarray], list[float]] = _benchmark.entropy_loop

@@ -165,7 +165,7 @@ def _run(model: nn.Module, data: Any, batches: int | None, progress: bool) -> No
 def _check_all_seen(seen: Mapping[str, bool]) -> None:
     unseen = [path for path, flag in seen.items() if not flag]
     if len(unseen) == len(seen):
-        raise QATError("data: no layer of the model was run; data(model) must call model(inputs)")
+        raise QATError("data: no layer of the model was run. Is the loader empty? A function must call model(inputs)")
     if unseen:
         module = unseen[0].rpartition(".")[0]
         raise QATError(
