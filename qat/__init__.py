@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
-    if name in ("nn", "calibration", "callbacks", "config", "errors", "export", "numerics", "preparation", "quantizer"):
+    if name in ("nn", "calibration", "callbacks", "config", "errors", "export", "inputs", "numerics", "preparation", "quantizer"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -53,6 +53,8 @@ def find_adds(flow: Flow, quantized: set[str]) -> tuple[list[Located], list[Left
             left += [Left(trace.path, "forward", f"its forward is set on the instance: not rewritten; {_REMEDY}")]
             continue
         left += [Left(trace.path, name, f"{why}: not searched; {_REMEDY}") for name, why in trace.source.unread.items()]
+        if not trace.graphs and not flow.holds_weights(trace.path):
+            continue  # anchors, image transforms: no layer in it could feed an Add
         if keys and not trace.graphs:
             lines = f"{len(keys)} addition{'s' if len(keys) > 1 else ''}"
             left.append(Left(trace.path, lines, f"its forward cannot be traced ({trace.failure}); {_REMEDY}"))

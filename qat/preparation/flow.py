@@ -16,7 +16,9 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import QATError
+from ..nn.add import Add
 from ..nn.layers import WEIGHTED_FUNCTIONS, is_quantizable
+from ..nn.pool import AVERAGE_POOLS
 from .source import read_class
 from .trace import TRACE_ERRORS, Trace, data_inputs, is_constant, located_add, trace_module
 
@@ -57,7 +59,9 @@ class Flow:
         weighted = {path for path, module in model.named_modules() if is_weighted(module)}
         # The output projection inside attention belongs to the attention.
         self.weighted = {path for path in weighted if not weighted.intersection(_above(path))}
-        self._holders = self._find_holders()
+        self._holders = _holders(self.weighted)
+        pools = {path for path, module in model.named_modules() if isinstance(module, (*AVERAGE_POOLS, Add))}
+        self._traced = self._holders | _holders(pools)
         self.traces: dict[str, Trace] = {}
         for path, module in model.named_modules():
             if self._is_worth_tracing(path, module):
@@ -76,17 +80,14 @@ class Flow:
         # A module without its own forward (ModuleList, ModuleDict) is never called.
         if path in self.weighted or not has_forward(module) or any(top in self.weighted for top in _above(path)):
             return False
-        if path in self._holders:
+        if path in self._traced:
             return True
         # PyTorch's own leaves add nothing up; a user's may.
         return not type(module).__module__.startswith("torch.") and bool(read_class(type(module)).keys)
 
-    def _find_holders(self) -> set[str]:
-        holders = {""}
-        for path in self.weighted:
-            parts = path.split(".")
-            holders.update(".".join(parts[:n]) for n in range(1, len(parts)))
-        return holders
+    def holds_weights(self, path: str) -> bool:
+        """Whether there is a weighted module below ``path``."""
+        return path in self._holders
 
     def path_of(self, trace: Trace, node: fx.Node) -> str:
         """Path in the model of the module that ``node`` calls."""
@@ -278,6 +279,10 @@ class Flow:
         if id(module) not in self._identity:
             self._identity[id(module)] = _behaves_as_identity(module)
         return self._identity[id(module)]
+
+
+def _holders(paths: set[str]) -> set[str]:
+    return {""} | {top for path in paths for top in _above(path)}
 
 
 def has_forward(module: nn.Module) -> bool:
