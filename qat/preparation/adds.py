@@ -10,9 +10,11 @@ from torch import fx
 from ..nn.add import Add
 from .flow import Flow
 from .report import Left
+from .run import Operand, Run
 from .source import Key
 from .trace import Trace, is_activation, located_add, located_pool
 
+IN_PLACE = ("+=", "add_")
 _REMEDY = "if it is a residual addition, make it a module: qat.nn.Add()"
 
 
@@ -35,12 +37,13 @@ class Located:
     fusable: int | None = None
 
 
-def find_adds(flow: Flow, quantized: set[str]) -> tuple[list[Located], list[Left]]:
+def find_adds(flow: Flow, quantized: set[str], run: Run | None = None) -> tuple[list[Located], list[Left]]:
     """All residual Adds: of two activations of different origin, of which at least one comes from a quantized layer.
 
     Args:
         flow: The model's dataflow.
         quantized: Paths of the layers that get sites.
+        run: What a run on example inputs showed of the forwards that cannot be traced.
 
     Returns:
         The Adds, and what could not be located or rewritten.
@@ -55,22 +58,44 @@ def find_adds(flow: Flow, quantized: set[str]) -> tuple[list[Located], list[Left
         left += [Left(trace.path, name, f"{why}: not searched; {_REMEDY}") for name, why in trace.source.unread.items()]
         if not trace.graphs and not flow.holds_weights(trace.path):
             continue  # anchors, image transforms: no layer in it could feed an Add
+        if keys and not trace.graphs and run is not None:
+            observed = list(_observed(trace, keys, quantized, run))
+            found += [item for item in observed if item.key is not None and item.key.form not in IN_PLACE]
+            if any(item not in found for item in observed):
+                why = f"it is in place, in a forward that cannot be traced ({trace.failure}): not rewritten; {_REMEDY}"
+                left.append(Left(trace.path, "addition in place", why))
+            continue
         if keys and not trace.graphs:
             lines = f"{len(keys)} addition{'s' if len(keys) > 1 else ''}"
-            left.append(Left(trace.path, lines, f"its forward cannot be traced ({trace.failure}); {_REMEDY}"))
+            left.append(Left(trace.path, lines, f"its forward cannot be traced ({trace.failure}): pass example_inputs=; {_REMEDY}"))
             continue
         for key in keys:
             nodes = [n for graph in trace.graphs for n in graph.nodes if n.target is located_add and n.args[0] == key]
             residual = [n for n in nodes if _is_residual(flow, trace, n, quantized)]
             if not residual:
                 continue
-            if key.form in ("+=", "add_") and any(_read_later(n) for n in residual):
+            if key.form in IN_PLACE and any(_read_later(n) for n in residual):
                 why = f"it changes a tensor in place that is read again later: not rewritten; {_REMEDY}"
                 left.append(Left(trace.path, "addition in place", why))
                 continue
             operands = tuple(tuple(n.args[1:]) for n in residual)
             found.append(Located(trace.path, key, operands, trace, fusable_input(flow, trace, *operands[0])))  # type: ignore[arg-type]
     return found + list(_add_modules(flow)), left
+
+
+def _observed(trace: Trace, keys: list[Key], quantized: set[str], run: Run) -> Iterator[Located]:
+    """The residual Adds of an untraceable forward, from what ran."""
+    for key in keys:
+        calls = [(a, b) for a, b in run.adds.get((trace.path, key), ()) if _ran_residual(a, b, quantized)]
+        if calls:
+            fusable = {next((i for i, operand in enumerate(pair) if operand.direct), None) for pair in calls}
+            yield Located(trace.path, key, (), None, fusable.pop() if len(fusable) == 1 else None)
+
+
+def _ran_residual(a: Operand, b: Operand, quantized: set[str]) -> bool:
+    if not (a.ancestors and b.ancestors) or not (a.layers | b.layers) & quantized or a.layers == b.layers:
+        return False
+    return bool(a.layers and b.layers) or bool(a.ancestors & b.ancestors)
 
 
 def _add_modules(flow: Flow) -> Iterator[Located]:

@@ -85,6 +85,11 @@ class Flow:
         # PyTorch's own leaves add nothing up; a user's may.
         return not type(module).__module__.startswith("torch.") and bool(read_class(type(module)).keys)
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether every forward that matters could be traced in evaluation mode."""
+        return all(trace.evaluated for trace in self.traces.values() if self.holds_weights(trace.path))
+
     def holds_weights(self, path: str) -> bool:
         """Whether there is a weighted module below ``path``."""
         return path in self._holders

@@ -17,6 +17,7 @@ from .check import check_layer
 from .flow import Flow
 from .head import find_head
 from .report import Left
+from .run import Run, observe
 from .trace import Trace
 
 Slot = tuple[str, str]  # module path, which input
@@ -72,12 +73,13 @@ def make_plan(model: nn.Module, config: QuantConfig, example_inputs: Any) -> Pla
     """
     flow = Flow(model)
     plan = Plan(config)
-    _place_head(plan, flow, example_inputs)
+    run = None if example_inputs is None or flow.is_traced else observe(flow, example_inputs)
+    _place_head(plan, flow, run)
     _place_layers(plan, flow)
     if config.pool_inputs:
         _place_pools(plan, flow)
     if config.add_inputs != "none":
-        _place_adds(plan, flow)
+        _place_adds(plan, flow, run)
     if not plan.layers:
         wanted = ", ".join(cls.__name__ for cls in (*QUANTIZABLE, nn.MultiheadAttention))
         why = "".join(f"\n  {item.path}: {item.why}" for item in plan.left)
@@ -87,11 +89,11 @@ def make_plan(model: nn.Module, config: QuantConfig, example_inputs: Any) -> Pla
     return plan
 
 
-def _place_head(plan: Plan, flow: Flow, example_inputs: Any) -> None:
+def _place_head(plan: Plan, flow: Flow, run: Run | None) -> None:
     globs = plan.config.head
     if globs is None:
         if flow.weighted:
-            head, plan.head_source = find_head(flow, example_inputs)
+            head, plan.head_source = find_head(flow, run)
         else:
             head, plan.head_source = set(), "no layers"
     else:
@@ -143,8 +145,8 @@ def _place_pools(plan: Plan, flow: Flow) -> None:
             plan.pool_calls.append(planned)
 
 
-def _place_adds(plan: Plan, flow: Flow) -> None:
-    found, left = find_adds(flow, set(plan.layers))
+def _place_adds(plan: Plan, flow: Flow, run: Run | None) -> None:
+    found, left = find_adds(flow, set(plan.layers), run)
     plan.left += left
     for located, name in _named(flow, found, "quant_add"):
         inputs = (True, True)
