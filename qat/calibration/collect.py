@@ -106,13 +106,12 @@ def calibrate(
             {path: observer.amax for path, observer in weights.items()},
         )
         result.apply(method, percentile=percentile)
-
-    dead = result.dead_sites()
-    if dead and rank() == 0:
-        warnings.warn(
-            f"{', '.join(dead)}: only zeros were seen; the smallest scale is used. Check that the layers before are alive",
-            stacklevel=2,
-        )
+        dead = result.dead_sites()
+        if dead and rank() == 0:
+            warnings.warn(
+                f"{', '.join(dead)}: only zeros were seen; the smallest scale is used. Check that the layers before are alive",
+                stacklevel=2,
+            )
     return result
 
 
