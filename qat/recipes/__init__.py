@@ -1,0 +1,1 @@
+"""Runnable recipes: from real data to a checked ONNX file and a table, e.g. ``python -m qat.recipes.resnet``."""

@@ -1,0 +1,432 @@
+"""The image classification data of the recipes: fixed, documented splits into train, validation and test.
+
+===============  ==========================================================================  =================================
+name             source                                                                      train / validation / test
+===============  ==========================================================================  =================================
+digits           scikit-learn, in the package                                                60 / 10 / 30 %, by class
+fashion-mnist    ``fashion-mnist.npz`` in the data folder, Debian's dataset-fashion-mnist,   55,000 / 5,000 / the published
+                 or torchvision's download                                                   test set of 10,000
+cifar10          torchvision's download                                                      45,000 / 5,000 / the published
+                                                                                             test set of 10,000
+elpv             ``elpv-<size>.npz`` in the data folder, or the package elpv-dataset; a      1,772 / 198 / 654, by defect
+                 cell is defective if its defect probability is at least one half            probability and cell type
+imagenette       torchvision's download (160 px)                                             95 % / 5 % of ``train`` / ``val``
+imagefolder      ``train/<class>/*`` and ``val/<class>/*`` in the data folder (ImageNet's    98 % / 2 % of ``train`` / ``val``
+                 layout)
+===============  ==========================================================================  =================================
+
+Splits are drawn with a constant seed, independent of the seed of a run. Calibration images are training images without
+augmentation. Grey images become three equal channels, so that every network and pretrained weights fit.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..errors import QATError
+
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
+FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Light augmentation of training images.
+
+    Attributes:
+        shift: Largest shift in pixels, both ways, filled by reflection.
+        flip: Mirror left to right, every second image.
+        flip_vertical: Mirror upside down, every second image.
+    """
+
+    shift: int = 0
+    flip: bool = False
+    flip_vertical: bool = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Augment a batch ``(N, C, H, W)``, each image by itself, with torch's global random state."""
+        count, channels, height, width = images.shape
+        if self.shift:
+            padded = F.pad(images, [self.shift] * 4, mode="reflect")
+            rows = torch.randint(2 * self.shift + 1, (count, 1)) + torch.arange(height)
+            columns = torch.randint(2 * self.shift + 1, (count, 1)) + torch.arange(width)
+            images = padded[
+                torch.arange(count)[:, None, None, None],
+                torch.arange(channels)[:, None, None],
+                rows[:, None, :, None],
+                columns[:, None, None, :],
+            ]
+        for enabled, dim in ((self.flip, 3), (self.flip_vertical, 2)):
+            if enabled:
+                images = torch.where(torch.rand(count, 1, 1, 1) < 0.5, images.flip(dim), images)
+        return images
+
+
+class ArrayImages(Dataset[tuple[Tensor, Tensor]]):
+    """Images in memory; a batch is fetched, normalised and augmented in one go.
+
+    Args:
+        images: uint8, ``(N, C, H, W)`` with one or three channels.
+        labels: int64, ``(N,)``.
+        mean: Mean of each of the three channels, of values in ``[0, 1]``.
+        std: Standard deviation of each channel.
+        augment: What happens to the pictures on top, if anything.
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float], augment: Augment | None = None
+    ) -> None:
+        self.images = images
+        self.labels = labels
+        self.mean = torch.tensor(mean).reshape(3, 1, 1)
+        self.std = torch.tensor(std).reshape(3, 1, 1)
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images ``(len(indices), 3, H, W)`` and labels."""
+        chosen = torch.as_tensor(indices)
+        images = self.images[chosen].to(torch.float32) / 255
+        images = (images.expand(-1, 3, -1, -1) - self.mean) / self.std
+        return (self.augment(images) if self.augment else images), self.labels[chosen]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Train, validation and test images of one task.
+
+    Attributes:
+        name: As in the table of this module.
+        classes: Class names, in the order of the labels.
+        image_size: Height and width in pixels.
+        train: Augmented training images.
+        plain_train: The same images without augmentation.
+        val: Validation images.
+        test: Test images; nothing is chosen by them.
+        test_labels: Their labels, int64.
+        sha256: Of the pictures and labels (of names and sizes for files on disk).
+        in_memory: Whether loaders need no worker processes.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    image_size: int
+    train: Dataset[Any]
+    plain_train: Dataset[Any]
+    val: Dataset[Any]
+    test: Dataset[Any]
+    test_labels: NDArray[np.int64]
+    sha256: str
+    in_memory: bool = field(default=True)
+
+    def loader(self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool = False) -> DataLoader[Any]:
+        """A loader of ``(images, labels)``; with ``shuffle`` also without the last, smaller batch."""
+        return DataLoader(
+            dataset,
+            batch_size,
+            shuffle=shuffle,
+            drop_last=shuffle and len(dataset) >= batch_size,  # type: ignore[arg-type]
+            collate_fn=_as_fetched if self.in_memory else None,
+            num_workers=0 if self.in_memory else os.cpu_count() or 1,
+        )
+
+    def calibration(self, images: int, batch_size: int) -> DataLoader[Any]:
+        """A loader of ``images`` fixed training images without augmentation."""
+        count = len(self.plain_train)  # type: ignore[arg-type]
+        order = np.random.RandomState(SPLIT_SEED).permutation(count)[:images]
+        return self.loader(Subset(self.plain_train, order.tolist()), batch_size)
+
+    def sizes(self) -> dict[str, int]:
+        """Number of images of each part."""
+        return {part: len(getattr(self, part)) for part in ("train", "val", "test")}
+
+
+def _as_fetched(batch: Any) -> Any:
+    return batch
+
+
+def load(name: str, data_dir: str | Path = "data", image_size: int | None = None) -> ImageData:
+    """One of the data sets in the table of this module.
+
+    Args:
+        name: The data set.
+        data_dir: Where downloads and resized copies are kept, and where ``imagefolder`` looks.
+        image_size: Height and width in pixels; ``None`` takes the usual size of the data set.
+
+    Raises:
+        QATError: For an unknown name, or when the data can neither be found nor made.
+    """
+    if name not in LOADERS:
+        raise QATError(f"data={name!r}: choose one of {', '.join(LOADERS)}")
+    if image_size is not None and image_size < 8:
+        raise QATError(f"image_size={image_size}: must be at least 8 pixels")
+    return LOADERS[name](Path(data_dir), image_size)
+
+
+def _digits(folder: Path, size: int | None) -> ImageData:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise QATError("data='digits' needs scikit-learn: pip install -e '.[recipes]'") from error
+    source = load_digits()
+    images = np.round(source.images * (255 / 16)).astype(np.uint8)
+    test, rest = split_by_group(source.target, 0.3)
+    val, train = split_by_group(source.target, 1 / 7, rest)
+    parts = {"train": train, "val": val, "test": test}
+    return _from_arrays("digits", [str(d) for d in range(10)], images, source.target, parts, size, Augment(shift=1))
+
+
+def _fashion_mnist(folder: Path, size: int | None) -> ImageData:
+    kinds: dict[str, tuple[type, int]] = {"images": (np.uint8, 3), "labels": (np.uint8, 1)}
+    expected = {f"{part}_{kind}": value for part in ("train", "test") for kind, value in kinds.items()}
+    arrays = _cached(folder / "fashion-mnist.npz", expected, lambda: _read_fashion_mnist(folder))
+    images = np.concatenate([arrays["train_images"], arrays["test_images"]])
+    labels = np.concatenate([arrays["train_labels"], arrays["test_labels"]])
+    parts = _hold_out(len(arrays["train_images"]), len(images), 5000)
+    return _from_arrays("fashion-mnist", FASHION_CLASSES, images, labels, parts, size, Augment(shift=2, flip=True))
+
+
+def _read_fashion_mnist(folder: Path) -> dict[str, NDArray[Any]]:
+    if DEBIAN_FASHION.is_dir():
+        where = DEBIAN_FASHION
+    else:
+        from torchvision.datasets import FashionMNIST
+
+        FashionMNIST(str(folder), download=True)
+        where = folder / "FashionMNIST" / "raw"
+    return {
+        f"{part}_{kind}": read_idx(where / f"{prefix}-{kind}-idx{rank}-ubyte.gz")
+        for part, prefix in (("train", "train"), ("test", "t10k"))
+        for kind, rank in (("images", 3), ("labels", 1))
+    }
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """A gzipped IDX file of unsigned bytes (the MNIST format).
+
+    Raises:
+        QATError: For anything else.
+    """
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise QATError(f"{path}: cannot be read as gzip: {error}") from error
+    rank = raw[3] if len(raw) > 3 else 0
+    shape = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank))
+    if raw[:3] != b"\x00\x00\x08" or not rank or len(raw) != 4 + 4 * rank + int(np.prod(shape, dtype=object)):
+        raise QATError(f"{path}: not an IDX file of unsigned bytes, or cut short")
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _cifar10(folder: Path, size: int | None) -> ImageData:
+    from torchvision.datasets import CIFAR10
+
+    train, test = (CIFAR10(str(folder), train=flag, download=True) for flag in (True, False))
+    images = np.concatenate([train.data, test.data])
+    labels = np.array([*train.targets, *test.targets])
+    parts = _hold_out(len(train.data), len(images), 5000)
+    return _from_arrays("cifar10", CIFAR_CLASSES, images, labels, parts, size, Augment(shift=4, flip=True))
+
+
+def _elpv(folder: Path, size: int | None) -> ImageData:
+    size = size or 96
+    expected: dict[str, tuple[type, int]] = {"images": (np.uint8, 3), "probability": (np.float64, 1), "cell_type": (np.str_, 1)}
+    arrays = _cached(folder / f"elpv-{size}.npz", expected, lambda: _read_elpv(size))
+    probability, cell_type = arrays["probability"], arrays["cell_type"]
+    # The order of the groups is part of the split.
+    groups = np.unique(probability, return_inverse=True)[1] * 2 + (cell_type == "mono")
+    test, rest = split_by_group(groups, 0.25)
+    val, train = split_by_group(groups, 0.1, rest)
+    parts = {"train": train, "val": val, "test": test}
+    labels = (probability >= 0.5).astype(np.int64)
+    augment = Augment(shift=4, flip=True, flip_vertical=True)
+    return _from_arrays("elpv", ("functional", "defective"), arrays["images"], labels, parts, size, augment)
+
+
+def _read_elpv(size: int) -> dict[str, NDArray[Any]]:
+    try:
+        from elpv_dataset.utils import load_dataset
+    except ImportError as error:
+        raise QATError("data='elpv' needs the package elpv-dataset (91 MB): pip install -e '.[elpv]'") from error
+    images, probability, cell_type = load_dataset()
+    return {"images": resize(images, size), "probability": probability, "cell_type": cell_type}
+
+
+def _imagenette(folder: Path, size: int | None) -> ImageData:
+    root = folder / "imagenette2-160"
+    if not root.is_dir():
+        from torchvision.datasets import Imagenette
+
+        Imagenette(str(folder), size="160px", download=True)
+    return _from_folder("imagenette", root, size or 128, 0.05)
+
+
+def _imagefolder(folder: Path, size: int | None) -> ImageData:
+    return _from_folder("imagefolder", folder, size or 224, 0.02)
+
+
+LOADERS: dict[str, Callable[[Path, int | None], ImageData]] = {
+    "digits": _digits,
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": _cifar10,
+    "imagenette": _imagenette,
+    "imagefolder": _imagefolder,
+    "elpv": _elpv,
+}
+
+
+def split_by_group(
+    groups: NDArray[Any], fraction: float, among: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw ``fraction`` of every group, with a constant seed.
+
+    Args:
+        groups: Group of every image.
+        fraction: Share to draw, rounded in every group.
+        among: Indices to draw from; all by default.
+
+    Returns:
+        The indices drawn and those left, both ascending.
+
+    Example:
+        >>> drawn, left = split_by_group(np.array([0, 0, 1, 1, 1, 1]), 0.5)
+        >>> len(drawn), sorted([*drawn, *left]) == list(range(6))
+        (3, True)
+    """
+    among = np.arange(len(groups)) if among is None else among
+    rng = np.random.RandomState(SPLIT_SEED)
+    drawn: list[int] = []
+    for group in np.unique(groups):
+        members = among[groups[among] == group]
+        drawn.extend(rng.permutation(members)[: round(len(members) * fraction)])
+    return np.sort(np.array(drawn, np.int64)), np.setdiff1d(among, drawn)
+
+
+def _hold_out(train: int, total: int, held_out: int) -> dict[str, NDArray[np.int64]]:
+    order = np.random.RandomState(SPLIT_SEED).permutation(train)
+    return {"train": np.sort(order[held_out:]), "val": np.sort(order[:held_out]), "test": np.arange(train, total)}
+
+
+def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Resize ``(N, H, W)`` or ``(N, H, W, 3)`` to ``size`` squared, bilinear with antialiasing."""
+    if images.shape[1:3] == (size, size):
+        return images
+    out = []
+    for start in range(0, len(images), 256):
+        part = torch.from_numpy(np.ascontiguousarray(images[start : start + 256]))
+        part = (part[..., None] if part.ndim == 3 else part).permute(0, 3, 1, 2).to(torch.float32)
+        part = F.interpolate(part, (size, size), mode="bilinear", antialias=True).round().clamp(0, 255)
+        out.append(part.to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    stacked = np.concatenate(out)
+    return stacked[..., 0] if images.ndim == 3 else stacked
+
+
+def _from_arrays(
+    name: str,
+    classes: Sequence[str],
+    images: NDArray[np.uint8],
+    labels: NDArray[Any],
+    parts: dict[str, NDArray[np.int64]],
+    size: int | None,
+    augment: Augment,
+) -> ImageData:
+    labels = labels.astype(np.int64)
+    if len(images) != len(labels) or labels.min() < 0 or labels.max() >= len(classes):
+        raise QATError(f"data={name!r}: {len(images)} images, {len(labels)} labels, classes outside 0..{len(classes) - 1}")
+    images = resize(images, size or images.shape[1])
+    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes() + labels.tobytes()).hexdigest()
+    pictures = torch.from_numpy(images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2).copy())
+    channels = [pictures[torch.from_numpy(parts["train"]), c].numpy() / np.float32(255) for c in range(pictures.shape[1])]
+    mean = [float(c.mean(dtype=np.float64)) for c in channels] * (3 // len(channels))
+    std = [float(c.std(dtype=np.float64)) for c in channels] * (3 // len(channels))
+
+    def part(key: str, augment: Augment | None = None) -> ArrayImages:
+        chosen = torch.from_numpy(parts[key])
+        return ArrayImages(pictures[chosen], torch.from_numpy(labels)[chosen], mean, std, augment)
+
+    train = part("train", augment), part("train")
+    test_labels = labels[parts["test"]]
+    return ImageData(name, tuple(classes), images.shape[1], *train, part("val"), part("test"), test_labels, digest)
+
+
+def _from_folder(name: str, root: Path, size: int, held_out: float) -> ImageData:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise QATError(f"data={name!r}: {root / part} does not exist; it must hold a folder of pictures for each class")
+    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    random = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *finish])
+    fixed = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size), *finish])
+    augmented, plain, test = (
+        ImageFolder(str(root / part), transform) for part, transform in (("train", random), ("train", fixed), ("val", fixed))
+    )
+    if plain.classes != test.classes:
+        raise QATError(f"data={name!r}: {root / 'train'} and {root / 'val'} hold different classes")
+    val, train = split_by_group(np.array(plain.targets), held_out)
+    digest = hashlib.sha256()
+    for path, label in (*plain.samples, *test.samples):
+        digest.update(f"{Path(path).relative_to(root)} {Path(path).stat().st_size} {label}\n".encode())
+    return ImageData(
+        name,
+        tuple(plain.classes),
+        size,
+        Subset(augmented, train.tolist()),
+        Subset(plain, train.tolist()),
+        Subset(plain, val.tolist()),
+        test,
+        np.array(test.targets),
+        digest.hexdigest(),
+        in_memory=False,
+    )
+
+
+def _cached(
+    path: Path, expected: Mapping[str, tuple[type, int]], make: Callable[[], dict[str, NDArray[Any]]]
+) -> dict[str, NDArray[Any]]:
+    """The arrays in ``path``, made and stored there if there is no such file yet.
+
+    Args:
+        path: A compressed NPZ file. It may come from anywhere: pickled objects are refused.
+        expected: Kind and rank of every array.
+        make: Makes the arrays.
+    """
+    if not path.exists():
+        arrays = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.stem + ".partial.npz")
+        np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
+        partial.replace(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in expected}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise QATError(f"{path}: not a cache of this data set ({error}). Delete it to make it anew") from error
+    for key, (kind, rank) in expected.items():
+        if not np.issubdtype(arrays[key].dtype, kind) or arrays[key].ndim != rank:
+            raise QATError(f"{path}: {key} is {arrays[key].dtype} of rank {arrays[key].ndim}. Delete it to make it anew")
+    return arrays

@@ -1,0 +1,172 @@
+"""What a classification recipe says in the end: a table, a picture and a markdown row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ..errors import QATError
+from .settings import ResNetSettings
+
+ROW_HEADER = (
+    "| data | network | seeds | test images | float | float trained equally long | PTQ | QAT | QAT, fused Adds | "
+    "ONNX MB float / QAT int8 weights | CPU ms float / QAT | command |"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of one exported model.
+
+    Attributes:
+        label: Row of the table.
+        top1: Accuracy in ``[0, 1]``; with several seeds the mean.
+        stderr: Of the test set, or over seeds if there are several.
+        balanced: Mean recall over classes.
+        file_bytes: Size of the ONNX file.
+        int8_weights_bytes: Size of the file with int8 weights, if there is one.
+        cpu_ms: Median latency of one image.
+    """
+
+    label: str
+    top1: float
+    stderr: float
+    balanced: float
+    file_bytes: int
+    int8_weights_bytes: int | None
+    cpu_ms: float
+
+
+def over_seeds(runs: Sequence[Mapping[str, Result]]) -> dict[str, Result]:
+    """Means over runs with different seeds; ``stderr`` becomes that of the mean over seeds."""
+    if len(runs) == 1:
+        return dict(runs[0])
+    merged = {}
+    for key, first in runs[0].items():
+        results = [run[key] for run in runs]
+        top1 = [r.top1 for r in results]
+        merged[key] = Result(
+            first.label,
+            mean(top1),
+            stdev(top1) / sqrt(len(top1)),
+            mean(r.balanced for r in results),
+            first.file_bytes,
+            first.int8_weights_bytes,
+            mean(r.cpu_ms for r in results),
+        )
+    return merged
+
+
+def make_table(results: Mapping[str, Result], title: str, caption: str, *, balanced: bool) -> Table:
+    """The table of a run.
+
+    Args:
+        results: Rows.
+        title: Above the table.
+        caption: Below the table.
+        balanced: Show balanced accuracy: for classes of different size.
+    """
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table.add_column("model")
+    for column in ("top-1 %", *(["balanced %"] if balanced else []), "ONNX MB", "int8 weights MB", "CPU ms"):
+        table.add_column(column, justify="right")
+    for r in results.values():
+        small = "-" if r.int8_weights_bytes is None else _megabytes(r.int8_weights_bytes)
+        cells = [r.label, _percent(r), *([f"{100 * r.balanced:.2f}"] if balanced else [])]
+        table.add_row(*cells, _megabytes(r.file_bytes), small, f"{r.cpu_ms:.2f}")
+    return table
+
+
+def parity_table(found: Mapping[str, Mapping[str, Any]], images: int) -> Table:
+    """How far each file is from PyTorch, next to PyTorch's own drift with other kernels.
+
+    Args:
+        found: Figures by file name; those that a float model has not are missing.
+        images: How many images were compared.
+    """
+    title = f"PyTorch and ONNX Runtime on {images} images (drift: PyTorch with and without oneDNN or cuDNN)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("file")
+    for column in ("top-1 equal", "logits max diff", "drift", "codes equal", "drift"):
+        table.add_column(column, justify="right")
+    for name, figures in found.items():
+        cells = [f"{figures['top1_agreement']:.2%}"]
+        cells += [f"{figures[key]:.2g}" if key in figures else "-" for key in ("max_abs", "drift_max_abs")]
+        cells += [f"{figures[key]:.4%}" if key in figures else "-" for key in ("codes_equal", "drift_codes_equal")]
+        table.add_row(name, *cells)
+    return table
+
+
+def _percent(result: Result) -> str:
+    return f"{100 * result.top1:.2f} ± {100 * result.stderr:.2f}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f}"
+
+
+def draw(results: Mapping[str, Result], title: str, path: Path) -> None:
+    """Accuracy, size and latency of every row as a PNG.
+
+    Raises:
+        QATError: Without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise QATError("the picture needs matplotlib: pip install -e '.[recipes]'") from error
+    rows = list(results.values())[::-1]
+    labels = [r.label for r in rows]
+    colors = ["#999999" if key.startswith("float") else "#2b7bba" for key in reversed(list(results))]
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    top1, size, latency = figure.subplots(1, 3, sharey=True)
+    figure.suptitle(title)
+    accuracies = [100 * r.top1 for r in rows]
+    top1.errorbar(accuracies, labels, xerr=[100 * r.stderr for r in rows], fmt="none", ecolor="black", capsize=4, zorder=1)
+    top1.scatter(accuracies, labels, c=colors, s=60, zorder=2)
+    top1.set_xlabel("top-1 accuracy, % (bar: standard error)")
+    size.barh(labels, [(r.int8_weights_bytes or r.file_bytes) / 1e6 for r in rows], color=colors)
+    size.set_xlabel("ONNX file, MB (quantized: int8 weights)")
+    latency.barh(labels, [r.cpu_ms for r in rows], color=colors)
+    latency.set_xlabel("CPU latency of one image, ms")
+    figure.savefig(path, dpi=120)
+
+
+def markdown_row(
+    results: Mapping[str, Result], settings: ResNetSettings, image_size: int, test_images: int, balanced: bool, command: str
+) -> str:
+    """One row for a collection of results, with the command that made it."""
+
+    def cell(key: str) -> str:
+        extra = f" (balanced {100 * results[key].balanced:.2f})" if balanced else ""
+        return _percent(results[key]) + extra
+
+    small = results["qat"].int8_weights_bytes
+    cells: list[Any] = [
+        f"{settings.data}, {image_size} px",
+        settings.arch,
+        " ".join(map(str, settings.all_seeds())),
+        test_images,
+        *(cell(key) for key in ("float", "float_longer", "ptq", "qat", "qat_fused")),
+        f"{_megabytes(results['float'].file_bytes)} / {'-' if small is None else _megabytes(small)}",
+        f"{results['float'].cpu_ms:.2f} / {results['qat'].cpu_ms:.2f}",
+        f"`{command}`",
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def append_row(path: Path, row: str) -> None:
+    """Append ``row`` to a markdown file; a new file gets the header first."""
+    header = "" if path.exists() else f"{ROW_HEADER}\n{'|---' * ROW_HEADER.count(' | ')}|---|\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{header}{row}\n")

@@ -1,0 +1,163 @@
+"""Settings of a recipe: a dataclass that is also its command line and its YAML file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from ..config import QuantConfig
+from ..errors import QATError
+from .data import LOADERS
+from .models import ARCHS
+
+
+def option(default: Any, text: str, *, choices: Sequence[str] | None = None, positive: bool = False) -> Any:
+    """A setting with its documentation and its limits."""
+    return field(default=default, metadata={"help": text, "choices": choices, "positive": positive})
+
+
+@dataclass(frozen=True)
+class ResNetSettings:
+    """Settings of ``python -m qat.recipes.resnet``; the metadata of each field documents it."""
+
+    arch: str = option("resnet20", "network; resnet20 is the one for small images (He et al. 2015, section 4.2)", choices=ARCHS)
+    small_stem: bool = option(False, "torchvision ResNets: 3x3 stem without pooling, for images up to 64 pixels")
+    data: str = option("digits", "data set, see qat/recipes/data.py", choices=tuple(LOADERS))
+    data_dir: str = option("data", "folder for downloads, caches, and the pictures of imagefolder")
+    image_size: int | None = option(None, "height and width in pixels (default: usual for the data set)", positive=True)
+    epochs: int = option(20, "epochs of float training", positive=True)
+    qat_epochs: int = option(4, "epochs of fine-tuning, quantized and, for comparison, float", positive=True)
+    batch_size: int = option(64, "images a step", positive=True)
+    lr: float = option(0.1, "peak learning rate of float training (SGD with momentum, warm-up, cosine)", positive=True)
+    qat_lr: float = option(0.001, "initial learning rate of fine-tuning (cosine to 1 %%)", positive=True)
+    weight_decay: float = option(5e-4, "weight decay of float training and fine-tuning")
+    label_smoothing: float = option(0.0, "label smoothing of float training and fine-tuning")
+    calibration: str = option("mse", "calibration method", choices=("max", "percentile", "mse", "entropy"))
+    calibration_images: int = option(512, "training images to calibrate with", positive=True)
+    weights: str | None = option(None, "start from this float checkpoint (a state dict) instead of training")
+    seed: int = option(0, "seed of one run")
+    seeds: tuple[int, ...] | None = option(None, "several runs, e.g. 0,1,2: mean and standard error over seeds")
+    device: str = option("auto", "Lightning accelerator: auto, cpu, gpu, ...")
+    precision: str = option("32-true", "Lightning precision of training, e.g. bf16-mixed")
+    out: str = option("runs/resnet", "folder for ONNX files, checkpoints, metrics.json and the picture")
+    results_row: str | None = option(None, "append a markdown row with the figures and the command to this file")
+    quant: QuantConfig = field(default_factory=QuantConfig)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata.get("choices")
+            if choices and value not in choices:
+                raise QATError(f"{item.name}={value!r}: choose one of {', '.join(choices)}")
+            if item.metadata.get("positive") and value is not None and not value > 0:
+                raise QATError(f"{item.name}={value!r}: must be positive")
+
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds to run."""
+        return (self.seed,) if self.seeds is None else self.seeds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a YAML file holds them."""
+        plain = asdict(self)
+        plain["seeds"] = None if self.seeds is None else list(self.seeds)
+        plain["quant"] = self.quant.to_dict()
+        return plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ResNetSettings:
+        """Inverse of :meth:`to_dict`; missing keys keep their defaults.
+
+        Raises:
+            QATError: For an unknown key, a value of the wrong type or outside its limits.
+        """
+        hints = get_type_hints(cls)
+        unknown = [key for key in values if key not in hints]
+        if unknown:
+            raise QATError(f"unknown setting {unknown[0]!r}; known settings: {', '.join(hints)}")
+        return cls(**{key: _typed(key, value, hints[key]) for key, value in values.items()})
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    if key == "quant":
+        return value if isinstance(value, QuantConfig) else QuantConfig.from_dict({} if value is None else value)
+    if key == "seeds" and isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
+        return tuple(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    # YAML reads 1e-3 (without a dot) as text.
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    allowed = getattr(hint, "__args__", (hint,))
+    if type(value) not in allowed:
+        names = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
+        raise QATError(f"{key}={value!r}: must be {names}")
+    return value
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The command line of :class:`ResNetSettings`, every setting an option."""
+    parser = argparse.ArgumentParser(prog="python -m qat.recipes.resnet", description=description)
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of the settings below (with underscores), and under the key 'quant' those of "
+        "qat.QuantConfig; options on the command line win",
+    )
+    hints = get_type_hints(ResNetSettings)
+    for item in fields(ResNetSettings):
+        if item.name != "quant":
+            parser.add_argument("--" + item.name.replace("_", "-"), **_argument(item, hints[item.name]))
+    return parser
+
+
+def _argument(item: Field[Any], hint: Any) -> dict[str, Any]:
+    text = item.metadata["help"] + ("" if item.default is None or item.default is False else f" (default: {item.default})")
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS, "help": text}
+    kinds = {"seeds": _seeds}
+    kind = kinds.get(item.name) or next(k for k in getattr(hint, "__args__", (hint,)) if k is not type(None))
+    shown = {"choices": item.metadata["choices"]} if item.metadata["choices"] else {"metavar": item.name.upper()}
+    return {"type": kind, "default": argparse.SUPPRESS, "help": text, **shown}
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def parse(description: str, argv: Sequence[str] | None = None) -> ResNetSettings:
+    """Settings from a command line and the YAML file that it names.
+
+    Raises:
+        QATError: For a file that is no YAML mapping, or an invalid setting.
+    """
+    given = vars(make_parser(description).parse_args(argv))
+    path = given.pop("config", None)
+    from_file = read_yaml(path) if path else {}
+    try:
+        # By itself first, so that the file is blamed for what it says only.
+        ResNetSettings.from_dict(from_file)
+    except QATError as error:
+        raise QATError(f"config={path!r}: {error}") from error
+    return ResNetSettings.from_dict({**from_file, **given})
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        QATError: For a file that cannot be read or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise QATError(f"config={str(path)!r}: {error}") from error
+    if not isinstance(values, dict):
+        raise QATError(f"config={str(path)!r}: must hold settings, 'name: value' a line")
+    return values

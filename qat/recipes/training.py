@@ -1,0 +1,168 @@
+"""Float training and quantization-aware fine-tuning of a classifier with Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..batchnorm import freeze_batch_norm
+from .data import ImageData
+from .settings import ResNetSettings
+
+
+class Advance(Protocol):
+    """Moves the progress bar of a stage."""
+
+    def __call__(self, steps: int = 1, note: str = "") -> None: ...
+
+
+@contextmanager
+def stage(console: Console, name: str, total: int) -> Iterator[Advance]:
+    """One progress bar for one stage of a recipe."""
+    columns = (
+        TextColumn("{task.description:<32}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(name, total=total, note="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            bar.update(task, advance=steps, note=note or bar.tasks[0].fields["note"])
+
+        yield advance
+
+
+class Classifier(pl.LightningModule):
+    """Trains an image classifier by SGD with momentum and a cosine schedule.
+
+    Args:
+        model: Images ``(N, 3, H, W)`` to logits.
+        lr: Peak learning rate.
+        weight_decay: Weight decay.
+        label_smoothing: Label smoothing of the training loss.
+        warm_up: Share of the steps in which the learning rate rises from 4 % of its peak; 0 starts at the peak. It ends
+            at 1 % of the peak after fine-tuning (without a warm-up), near zero otherwise.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, label_smoothing: float = 0.0, warm_up: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.label_smoothing = label_smoothing
+        self.warm_up = warm_up
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, classes)``."""
+        return self.model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy."""
+        images, labels = batch
+        return F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Top-1 accuracy."""
+        images, labels = batch
+        correct = (self(images).argmax(1) == labels).float().mean()
+        self.log("val_top1", correct, batch_size=len(labels), on_epoch=True)
+
+    def configure_optimizers(self) -> Any:
+        """SGD with Nesterov momentum 0.9; the schedule moves every step."""
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        if self.warm_up:
+            schedule: Any = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, self.lr, total_steps=steps, pct_start=self.warm_up, cycle_momentum=False
+            )
+        else:
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=0.01 * self.lr)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class FreezeBatchNorm(Callback):
+    """Keeps batch-norm statistics as they are, as :class:`qat.QATCallback` does, for the float model trained equally long."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """At the start of each epoch."""
+        if batch_idx == 0:
+            freeze_batch_norm(pl_module)
+
+
+class _Bar(Callback):
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.advance()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.advance(0, f"validation top-1 {100 * float(trainer.callback_metrics['val_top1']):.2f} %")
+
+
+def fit(
+    classifier: Classifier,
+    data: ImageData,
+    settings: ResNetSettings,
+    *,
+    epochs: int,
+    name: str,
+    console: Console,
+    seed: int,
+    callbacks: Sequence[Callback] = (),
+) -> pl.Trainer:
+    """Train ``classifier`` in place, with the same order of batches for the same ``seed``.
+
+    Returns:
+        The trainer, from which a checkpoint can be saved.
+    """
+    pl.seed_everything(seed, workers=True, verbose=False)
+    train = data.loader(data.train, settings.batch_size, shuffle=True)
+    val = data.loader(data.val, 4 * settings.batch_size)
+    with stage(console, name, epochs * len(train)) as advance:
+        trainer = pl.Trainer(
+            accelerator=settings.device,
+            devices=1,
+            precision=settings.precision,  # type: ignore[arg-type]
+            max_epochs=epochs,
+            callbacks=[*callbacks, _Bar(advance)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(classifier, train, val)
+    return trainer
+
+
+def device_of(settings: ResNetSettings) -> torch.device:
+    """Where calibration and evaluation in PyTorch run: on the accelerator, unless the settings say CPU."""
+    if settings.device == "cpu" or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def make_classifier(model: nn.Module, settings: ResNetSettings, *, fine_tune: bool) -> Classifier:
+    """``model`` with the schedule of float training or of fine-tuning."""
+    return Classifier(
+        model,
+        lr=settings.qat_lr if fine_tune else settings.lr,
+        weight_decay=settings.weight_decay,
+        label_smoothing=settings.label_smoothing,
+        warm_up=0.0 if fine_tune else 0.25,
+    )

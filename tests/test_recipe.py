@@ -1,0 +1,432 @@
+"""The ResNet recipe: data, settings, training helpers, and one small run from end to end."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import qat
+from qat import QATError
+from qat.recipes import data as recipe_data
+from qat.recipes import report, resnet
+from qat.recipes.data import Augment, load, read_idx, split_by_group
+from qat.recipes.evaluation import accuracy
+from qat.recipes.models import ARCHS, build
+from qat.recipes.settings import ResNetSettings, make_parser, parse
+from qat.recipes.training import FreezeBatchNorm, fit, make_classifier
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+pytest.importorskip("matplotlib", reason="the recipe draws a picture")
+
+YAML_FILES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RNG = np.random.RandomState(0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+# Data
+
+
+def pictures(dataset):
+    return {image.numpy().tobytes() for image in dataset.images}
+
+
+def test_digits_splits_are_disjoint_and_complete(digits):
+    from sklearn.datasets import load_digits
+
+    parts = [pictures(part) for part in (digits.train, digits.val, digits.test)]
+    distinct = len({image.tobytes() for image in load_digits().images})
+    assert len(set.union(*parts)) == sum(map(len, parts)) == distinct
+
+
+def test_digits_classes_have_equal_shares(digits):
+    shares = np.bincount(digits.test_labels) / np.bincount(load_all_digit_labels())
+    assert shares == pytest.approx(0.3, abs=0.005)
+
+
+def load_all_digit_labels():
+    from sklearn.datasets import load_digits
+
+    return load_digits().target
+
+
+def test_splits_do_not_depend_on_the_random_state(digits):
+    torch.manual_seed(77)
+    np.random.seed(77)  # noqa: NPY002
+    assert load("digits").sha256 == digits.sha256
+    assert pictures(load("digits").test) == pictures(digits.test)
+
+
+def test_calibration_images_are_training_images(digits):
+    images = torch.cat([images for images, _ in digits.calibration(100, 32)])
+    plain = {image.numpy().tobytes() for image, _ in (digits.plain_train[i] for i in range(len(digits.plain_train)))}
+    assert len(images) == 100
+    assert {image.numpy().tobytes() for image in images} <= plain
+
+
+def test_training_images_are_normalised(digits):
+    images = torch.cat([images for images, _ in digits.loader(digits.plain_train, 256)])
+    assert images.mean((0, 2, 3)) == pytest.approx(torch.zeros(3), abs=1e-4)
+    assert images.std((0, 2, 3)) == pytest.approx(torch.ones(3), abs=1e-3)
+
+
+def test_shift_takes_a_crop_of_the_reflected_picture():
+    images = torch.from_numpy(RNG.permutation(64).reshape(1, 1, 8, 8)).float().expand(50, -1, -1, -1)
+    padded = np.pad(images[0, 0].numpy(), 1, mode="reflect")
+    crops = {padded[r : r + 8, c : c + 8].tobytes() for r in range(3) for c in range(3)}
+    found = {image[0].numpy().tobytes() for image in Augment(shift=1)(images)}
+    assert found <= crops
+    assert len(found) > 5
+
+
+@pytest.mark.parametrize(("augment", "dim"), [(Augment(flip=True), 3), (Augment(flip_vertical=True), 2)])
+def test_flip_mirrors_about_half_of_the_pictures(augment, dim):
+    torch.manual_seed(0)
+    images = torch.randn(200, 1, 4, 4)
+    flipped = (augment(images) == images.flip(dim)).all((1, 2, 3))
+    same = (augment(images) == images).all((1, 2, 3))
+    assert 60 < int(flipped.sum()) < 140
+    assert 60 < int(same.sum()) < 140
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+def test_split_by_group_draws_the_share_of_each_group(fraction):
+    groups = RNG.randint(0, 4, 400)
+    among = np.arange(0, 400, 2)
+    drawn, left = split_by_group(groups, fraction, among)
+    assert sorted([*drawn, *left]) == among.tolist()
+    for group in range(4):
+        assert np.sum(groups[drawn] == group) == round(np.sum(groups[among] == group) * fraction)
+
+
+def write_elpv(folder, **changes):
+    probability = RNG.choice([0.0, 1 / 3, 2 / 3, 1.0], 200, p=[0.6, 0.1, 0.05, 0.25])
+    arrays = {
+        "images": RNG.randint(0, 256, (200, 16, 16)).astype(np.uint8),
+        "probability": probability,
+        "cell_type": RNG.choice(["mono", "poly"], 200),
+    }
+    np.savez_compressed(folder / "elpv-16.npz", **{**arrays, **changes})
+    return arrays
+
+
+def test_elpv_loads_from_its_cache_alone(tmp_path):
+    arrays = write_elpv(tmp_path)
+    loaded = load("elpv", tmp_path, 16)
+    expected = {image.tobytes(): int(p >= 0.5) for image, p in zip(arrays["images"], arrays["probability"], strict=True)}
+    parts = [loaded.train, loaded.val, loaded.test]
+    found = [
+        (image.numpy().tobytes(), int(label)) for part in parts for image, label in zip(part.images, part.labels, strict=True)
+    ]
+    assert dict(found) == expected
+    assert len(found) == 200
+    assert resnet.is_unbalanced(loaded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cell_type": np.array([{}] * 200)}, "Object arrays cannot be loaded"),
+        ({"images": np.zeros((200, 16, 16))}, "images is float64 of rank 3"),
+        ({"images": np.zeros((200, 16), np.uint8)}, "images is uint8 of rank 2"),
+        ({"images": np.zeros((10, 16, 16), np.uint8)}, "10 images, 200 labels"),
+    ],
+)
+def test_bad_cache_is_refused(tmp_path, changes, message):
+    write_elpv(tmp_path, **changes)
+    with pytest.raises(QATError, match=message):
+        load("elpv", tmp_path, 16)
+
+
+def test_file_that_is_no_cache_is_refused(tmp_path):
+    (tmp_path / "elpv-16.npz").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(QATError, match="Delete it to make it anew"):
+        load("elpv", tmp_path, 16)
+
+
+def gzipped(path, content):
+    path.write_bytes(gzip.compress(content))
+    return path
+
+
+def test_idx_file_is_read(tmp_path):
+    content = bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3, *range(6)])
+    assert read_idx(gzipped(tmp_path / "a.gz", content)).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00\x00\x08",
+        bytes([0, 0, 8, 1, 0, 0, 0, 9, 1]),
+        bytes([0, 0, 13, 1, 0, 0, 0, 1, 1]),
+        bytes([0, 0, 8, 3] + [255] * 12),
+    ],
+)
+def test_bad_idx_file_is_refused(tmp_path, content):
+    with pytest.raises(QATError, match="not an IDX file"):
+        read_idx(gzipped(tmp_path / "a.gz", content))
+
+
+def test_folder_of_pictures_is_split_by_class(tmp_path):
+    from PIL import Image
+
+    for part, count in (("train", 50), ("val", 2)):
+        for label in ("cat", "dog"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(RNG.randint(0, 256, (20, 24, 3)).astype(np.uint8)).save(tmp_path / part / label / f"{i}.png")
+    loaded = load("imagefolder", tmp_path, 16)
+    assert loaded.sizes() == {"train": 98, "val": 2, "test": 4}
+    assert not set(loaded.train.indices) & set(loaded.val.indices)
+    assert loaded.test[0][0].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mnist",), "data='mnist': choose one of digits, fashion-mnist"),
+        (("digits", "data", 4), "image_size=4: must be at least 8"),
+        (("imagefolder", "nowhere"), "does not exist; it must hold a folder of pictures for each class"),
+    ],
+)
+def test_impossible_data_raises(arguments, message):
+    with pytest.raises(QATError, match=message):
+        load(*arguments)
+
+
+def test_every_data_set_is_in_the_table():
+    assert all(f"\n{name} " in recipe_data.__doc__ for name in recipe_data.LOADERS)
+
+
+# Models
+
+
+def test_resnet20_has_twenty_layers():
+    weighted = [m for m in build("resnet20", 10).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(weighted) == 20
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_network_maps_images_to_classes(arch):
+    assert build(arch, 7).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_small_stem_keeps_the_resolution_up_to_the_second_stage():
+    model = build("resnet18", 10, small_stem=True).eval()
+    shapes = []
+    model.layer1.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    model(torch.zeros(1, 3, 28, 28))
+    assert shapes == [(1, 64, 28, 28)]
+
+
+# Settings
+
+
+def test_help_documents_every_setting():
+    text = make_parser("").format_help()
+    for name, item in ResNetSettings.__dataclass_fields__.items():
+        if name == "quant":
+            assert "'quant'" in text
+        else:
+            assert f"--{name.replace('_', '-')} " in text.replace("\n", " ")
+            assert len(item.metadata["help"]) > 10
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.stem)
+def test_recipe_file_is_valid(path):
+    assert parse("", ["--config", str(path)]).arch in ARCHS
+
+
+def test_digits_recipe_is_the_default():
+    (path,) = [path for path in YAML_FILES if path.stem == "resnet-digits"]
+    assert parse("", ["--config", str(path)]) == ResNetSettings() == parse("", [])
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("epochs: 3\nlr: 1e-2\nquant: {add_inputs: residual}\nseeds: [1, 2]")
+    settings = parse("", ["--config", str(tmp_path / "a.yaml"), "--epochs", "5", "--small-stem"])
+    assert (settings.epochs, settings.lr, settings.small_stem) == (5, 0.01, True)
+    assert settings.quant.add_inputs == "residual"
+    assert settings.all_seeds() == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", r"config='.*a.yaml': unknown setting 'epoch'; known settings: arch"),
+        ("epochs: many", "epochs='many': must be int"),
+        ("epochs: 0", "epochs=0: must be positive"),
+        ("arch: resnet19", "arch='resnet19': choose one of resnet18"),
+        ("quant: {add_input: both}", "unknown key 'add_input'"),
+        ("seeds: [a]", r"seeds=\['a'\]: must be"),
+        ("- 3", "must hold settings"),
+        ("a: [", "config="),
+        ("!!python/object/apply:os.system [exit]", "could not determine a constructor"),
+    ],
+)
+def test_bad_recipe_file_is_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(QATError, match=message):
+        parse("", ["--config", str(tmp_path / "a.yaml")])
+
+
+def test_settings_survive_their_plain_form():
+    settings = ResNetSettings(seeds=(1, 2), lr=0.5, image_size=32)
+    assert ResNetSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_invalid_setting_ends_with_a_message(capsys):
+    assert resnet.main(["--data", "elpv", "--data-dir", "/nonexistent/folder", "--image-size", "4"]) == 2
+    assert "error: image_size=4" in capsys.readouterr().out
+
+
+# Training and evaluation
+
+
+def train(digits, seed=0, **options):
+    torch.manual_seed(seed)
+    settings = ResNetSettings(device="cpu", batch_size=256, lr=0.02, qat_lr=0.02)
+    tuned = make_classifier(build("resnet20", 10), settings, fine_tune=True)
+    trainer = fit(tuned, digits, settings, epochs=1, name="test", console=Console(quiet=True), seed=seed, **options)
+    return tuned, trainer
+
+
+def test_same_seed_trains_the_same_model(digits):
+    first, second = (train(digits)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_fine_tuning_ends_at_one_percent_of_the_learning_rate(digits):
+    _, trainer = train(digits)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 * 0.02)
+
+
+def test_frozen_batch_norm_of_the_control_stays(digits):
+    model = train(digits, callbacks=[FreezeBatchNorm()])[0].model
+    assert torch.equal(model.bn1.running_mean, torch.zeros(16))
+
+
+def test_accuracy_of_unbalanced_classes():
+    labels = np.array([0] * 8 + [1] * 2)
+    found = accuracy(np.zeros(10, int), labels)
+    assert (found.top1, found.balanced, found.images) == (0.8, 0.5, 10)
+    assert found.stderr == pytest.approx(0.12649, abs=1e-5)  # sqrt(0.8 * 0.2 / 10)
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("executed"),))
+
+
+def test_weights_file_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Evil()}, "weights.pt")
+    with pytest.raises(QATError, match=r"weights='weights\.pt': not a state dict, it holds other objects"):
+        resnet.load_weights(build("resnet20", 10), "weights.pt")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("content", [{"conv1.weight": torch.zeros(1)}, [1, 2], 3])
+def test_other_weights_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "weights.pt")
+    with pytest.raises(QATError, match="not a state dict of this network"):
+        resnet.load_weights(build("resnet20", 10), str(tmp_path / "weights.pt"))
+
+
+# The report
+
+
+def results(top1):
+    keys = resnet.LABELS
+    return {key: report.Result(label, top1, 0.1, top1 / 2, 4_000_000, 1_000_000, 2.0) for key, label in keys.items()}
+
+
+def test_seeds_are_averaged_with_the_standard_error_of_the_mean():
+    merged = report.over_seeds([results(0.5), results(0.6), results(0.7)])["qat"]
+    assert merged.top1 == pytest.approx(0.6)
+    assert merged.stderr == pytest.approx(0.057735, abs=1e-6)  # 0.1 / sqrt(3)
+
+
+def test_markdown_rows_fit_the_header(tmp_path):
+    row = report.markdown_row(results(0.5), ResNetSettings(), 8, 539, True, "python -m x")
+    for _ in range(2):
+        report.append_row(tmp_path / "RESULTS.md", row)
+    lines = (tmp_path / "RESULTS.md").read_text().splitlines()
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {13}
+    assert lines[2] == lines[3] == row
+    assert "50.00 ± 10.00 (balanced 25.00)" in row
+
+
+# The whole recipe
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that trains for an epoch: exit code and output folder."""
+    out = tmp_path_factory.mktemp("recipe") / "out"
+    arguments = ["--epochs", "2", "--qat-epochs", "1", "--device", "cpu", "--out", str(out)]
+    return resnet.main([*arguments, "--results-row", str(out / "RESULTS.md")]), out
+
+
+def test_run_succeeds_and_writes_everything(finished):
+    code, out = finished
+    assert code == 0
+    assert {path.name for path in out.iterdir()} == {
+        *("float.pt", "float_longer.ckpt", "qat.ckpt", "metrics.json", "results.png", "RESULTS.md"),
+        *("float.onnx", "float-longer.onnx", "ptq.onnx", "ptq-int8.onnx", "qat.onnx", "qat-int8.onnx"),
+        *("qat-fused.onnx", "qat-fused-int8.onnx"),
+    }
+    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("row", "file"), [("float", "float"), ("ptq", "ptq"), ("qat", "qat"), ("qat_fused", "qat-fused")])
+def test_reported_accuracy_is_that_of_the_file(finished, digits, row, file):
+    session = onnxruntime.InferenceSession(str(finished[1] / f"{file}.onnx"))
+    images = torch.stack([digits.test[i][0] for i in range(len(digits.test))]).numpy()
+    (name,) = [value.name for value in session.get_inputs()]
+    predicted = session.run(None, {name: images})[0].argmax(1)
+    found = json.loads((finished[1] / "metrics.json").read_text())["results"][row]
+    # Integer kernels round differently: a few pictures of 539 may change sides.
+    assert found["top1"] == pytest.approx((predicted == digits.test_labels).mean(), abs=0.006)
+
+
+def test_metrics_say_how_to_repeat_the_run(finished, digits):
+    metrics = json.loads((finished[1] / "metrics.json").read_text())
+    assert metrics["command"].startswith("python -m qat.recipes.resnet --epochs 2")
+    assert ResNetSettings.from_dict(metrics["settings"]).epochs == 2
+    assert metrics["data"]["sha256"] == digits.sha256
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert set(metrics["results"]) == set(resnet.LABELS)
+
+
+def test_int8_weights_are_smaller(finished):
+    found = json.loads((finished[1] / "metrics.json").read_text())["results"]["qat"]
+    assert found["int8_weights_bytes"] < found["file_bytes"] / 3
+
+
+def test_checkpoint_loads_into_a_prepared_model(finished, digits):
+    state = torch.load(finished[1] / "qat.ckpt", weights_only=True)
+    model = build("resnet20", 10)
+    qat.prepare(model, qat.QuantConfig.from_dict(state["qat"]["configs"]["model"]))
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state["state_dict"].items()})
+    images, labels = next(iter(digits.loader(digits.test, 539)))
+    found = json.loads((finished[1] / "metrics.json").read_text())["results"]["qat"]["top1"]
+    assert (model.eval()(images).argmax(1) == labels).float().mean() == pytest.approx(found, abs=0.006)
+
+
+def test_float_weights_can_start_another_run(finished):
+    model = build("resnet20", 10)
+    resnet.load_weights(model, str(finished[1] / "float.pt"))
+    assert torch.equal(model.fc.bias, torch.load(finished[1] / "float.pt", weights_only=True)["fc.bias"])
