@@ -1,0 +1,369 @@
+"""``export_onnx``: a calibrated model to an ONNX file with QuantizeLinear/DequantizeLinear pairs.
+
+While exporting, every site calls one opaque operator. torch's exporter carries it through as a placeholder node, which
+:mod:`.graph` then replaces: names, scales, axes and zero-points are under our control, whatever the exporter's habits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxscript
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import QATError
+from ..inputs import tensors
+from ..nn.add import QuantAdd
+from ..numerics import INT8
+from ..quantizer import Quantizer, State, WeightQuantizer, is_prepared, quantizers
+from . import graph
+from . import opset as opsets
+from .check import check_onnx
+from .inputs import call_arguments, run
+from .inputs import output_names as names_of
+
+OPSETS = range(17, 25)
+_SCALE = "export_scale"
+_PROTOBUF_LIMIT = 2**31
+
+
+class BackboneAndHead(nn.Module):
+    """The part of a detector that an engine runs: images to raw logits and boxes, before any post-processing.
+
+    It shares the modules, so it is made before or after ``qat.prepare`` alike. Images are what the detector's own
+    transform hands to the backbone: normalised, of one size. Anchors, decoding and NMS stay in PyTorch.
+
+    Args:
+        backbone: Images ``(N, C, H, W)`` to a tensor or a dict of feature maps.
+        head: Called with the list of feature maps.
+
+    Example:
+        >>> features = nn.Conv2d(3, 4, 3)
+        >>> BackboneAndHead(features, nn.Identity())(torch.zeros(1, 3, 8, 8))[0].shape
+        torch.Size([1, 4, 6, 6])
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: Tensor) -> Any:
+        features = self.backbone(images)
+        return self.head([features] if isinstance(features, Tensor) else list(features.values()))
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    opset: int = 19,
+    dynamic_batch: bool = True,
+    external_data: bool = False,
+    int8_weights: bool = False,
+    fuse_adds: bool = False,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    verbose: bool = False,
+) -> Path:
+    """Write ``model`` as ONNX with Q/DQ pairs that TensorRT runs in INT8. The model is left as it was.
+
+    The file passes the full ONNX check and :func:`qat.export.check_onnx`, or nothing is written.
+
+    Args:
+        model: Prepared and calibrated, float32.
+        path: The file to write; an existing one is replaced.
+        example_inputs: What the model runs on: a tuple holds positional arguments, a dict keyword arguments, anything
+            else is the one argument.
+        opset: 17 to 24. TensorRT 8.6 reads up to 17, 10.0 up to 20.
+        dynamic_batch: Leave the first dimension of the inputs open. Inputs whose first dimension differs from that of
+            the first input keep their shape.
+        external_data: Store the weights beside the file, in ``<name>.data``.
+        int8_weights: Store weights as int8 codes and a DequantizeLinear: a quarter of the size. Not for opset 17, since
+            TensorRT 8 wants float weights.
+        fuse_adds: Leave out the Q/DQ on the convolution-fed input of residual additions, which TensorRT then fuses with
+            the convolution. It only raises precision.
+        input_names: Names of the graph inputs; by default those of ``forward``'s parameters.
+        output_names: Names of the graph outputs; by default the keys of a dict, or ``output``.
+        verbose: Let torch's exporter tell its progress.
+
+    Returns:
+        The path of the ONNX file.
+
+    Raises:
+        QATError: If the model is not prepared or not calibrated, does not run on ``example_inputs``, holds a number
+            format or an operator that the file cannot express, or if ``path`` cannot be written.
+    """
+    target = Path(path)
+    if not isinstance(opset, int) or opset not in OPSETS:
+        raise QATError(f"opset={opset!r}: choose one from {OPSETS.start} to {OPSETS.stop - 1}")
+    if int8_weights and opset <= opsets.TENSORRT_8:
+        raise QATError("int8_weights=True needs opset >= 18: TensorRT 8 reads float weights with Q and DQ only")
+    if not is_prepared(model):
+        raise QATError("model: not prepared, there is nothing to export in INT8. Run qat.prepare(model) first")
+    _refuse_other_dtypes(model)
+    args, kwargs = call_arguments(example_inputs, "example_inputs")
+    with _scratch_folder(target) as scratch, torch.no_grad(), _exporting(model, args, kwargs, fuse_adds) as traced:
+        input_list = _names(input_names, _parameter_names(model, args, kwargs), "input_names")
+        output_list = _names(output_names, traced.output_names, "output_names")
+        _refuse_shared_names(input_list, output_list)
+        raw = _to_onnx(model, args, kwargs, max(opset, 18), dynamic_batch, input_list, output_list, verbose)
+        proto = graph.finish(raw, traced.weight_sites, int8_weights=int8_weights)
+        if opset <= opsets.TENSORRT_8:
+            opsets.downgrade(proto)
+        graph.set_metadata(proto, {"qat.fuse_adds": str(fuse_adds).lower()})
+        _raise_on_findings(check_onnx(proto))
+        _save(proto, scratch / target.name, external_data)
+        onnx.checker.check_model(str(scratch / target.name), full_check=True)
+        # The weights first: the file that refers to them must never be there without them.
+        for name in (f"{target.name}.data", target.name):
+            if (scratch / name).exists():
+                (scratch / name).replace(target.parent / name)
+    return target
+
+
+@dataclass
+class _Traced:
+    """What a run of the model told about it."""
+
+    output_names: list[str]
+    weight_sites: set[str]
+
+
+class _ScaleRecorder:
+    """Observer that notes the scale a site would use; a site that is never called notes none."""
+
+    def __init__(self, site: Quantizer) -> None:
+        self.site = site
+        self.scale: Tensor | None = None
+
+    def observe(self, x: Tensor) -> None:
+        self.scale = self.site.range_scale(x).detach()
+
+
+@contextlib.contextmanager
+def _exporting(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fuse_adds: bool) -> Iterator[_Traced]:
+    """Put ``model`` in the state to be traced; afterwards, and after an error, it is what it was."""
+    sites = dict(quantizers(model))
+    adds = [module for module in model.modules() if isinstance(module, QuantAdd)]
+    training = {module: module.training for module in model.modules()}
+    states = {site: (site.state, site.observer) for site in sites.values()}
+    fused = {add: add.fuse for add in adds}
+    try:
+        model.eval()
+        for add in adds:
+            add.fuse = fuse_adds
+        recorders = {path: _ScaleRecorder(site) for path, site in sites.items()}
+        for path, site in sites.items():
+            site.observer, site.state = recorders[path], State.COLLECTING
+        output = run(model, args, kwargs, "example_inputs")
+        # Sites that do not run in eval mode, auxiliary heads say, are no part of the graph and need no range.
+        reached = {path: site for path, site in sites.items() if recorders[path].scale is not None}
+        _refuse_unready(reached, {path: states[site][0] for path, site in reached.items()})
+        for path, site in sites.items():
+            site.observer, site.state = states[site][1], State.OFF
+            if path in reached:
+                site.register_buffer(_SCALE, recorders[path].scale, persistent=False)
+                site.state = State.EXPORTING
+        yield _Traced(names_of(output), {path for path, site in sites.items() if isinstance(site, WeightQuantizer)})
+    finally:
+        for site, (state, observer) in states.items():
+            site.state, site.observer = state, observer
+            if _SCALE in site._buffers:
+                delattr(site, _SCALE)
+        for add, fuse in fused.items():
+            add.fuse = fuse
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _refuse_unready(sites: dict[str, Quantizer], states: dict[str, State]) -> None:
+    if not sites:
+        raise QATError("model: example_inputs reach no quantized layer, there is nothing to export in INT8")
+    follows = {path for path, site in sites.items() if isinstance(site, WeightQuantizer) and site.follow}
+    empty = [path for path, site in sites.items() if path not in follows and not site.has_range]
+    if empty:
+        raise QATError(_listing(empty, "no data seen, amax is unset") + "\nRun qat.calibrate(model, loader) before export.")
+    off = [path for path in sites if states[path] is not State.QUANTIZING]
+    if off:
+        raise QATError(
+            _listing(off, "switched off, or still collecting")
+            + "\nRun qat.calibrate(model, loader), or set_state(State.QUANTIZING) on these sites, before export."
+        )
+    other = [path for path, site in sites.items() if site.fmt != INT8]
+    if other:
+        raise QATError(
+            _listing(other, "its number format cannot be exported, only int8 can")
+            + "\nUse weight_format='int8' for these layers, or quantize=False."
+        )
+
+
+def _listing(paths: list[str], problem: str, most: int = 20) -> str:
+    more = [f"... and {len(paths) - most} more"] if len(paths) > most else []
+    return "\n".join([*(f"{path}: {problem}" for path in paths[:most]), *more])
+
+
+def _refuse_other_dtypes(model: nn.Module) -> None:
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise QATError(f"{name}: on the meta device, it has no values to export")
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise QATError(f"{name}: {tensor.dtype}; export works on float32 models. Call model.float() first")
+
+
+def _parameter_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """The names of ``forward``'s parameters, one a tensor."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    names = []
+    for name, value in bound.arguments.items():
+        parameter = bound.signature.parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            names += [key for key, item in value.items() for _ in tensors(item)]
+        else:
+            leaves = tensors(value)
+            names += [name] if len(leaves) == 1 else [f"{name}.{i}" for i in range(len(leaves))]
+    return names
+
+
+def _names(given: Sequence[str] | None, found: list[str], argument: str) -> list[str]:
+    if given is None:
+        return found
+    if isinstance(given, str) or len(given) != len(found) or len(set(given)) != len(given):
+        raise QATError(f"{argument}={given!r}: pass {len(found)} different names, by default they are {found}")
+    return list(given)
+
+
+def _refuse_shared_names(inputs: list[str], outputs: list[str]) -> None:
+    shared = sorted({name for name in inputs + outputs if (inputs + outputs).count(name) > 1})
+    if shared:
+        raise QATError(f"input and output names must differ, {shared[0]!r} occurs twice; pass input_names or output_names")
+
+
+class _Dynamic:
+    """Which dimensions stay open, and inputs that do not tempt the tracer to bake them in."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> None:
+        first = tensors((args, kwargs))[0]
+        self.size = first.shape[0] if dynamic_batch and first.ndim else None
+        self.dim = torch.export.Dim("batch")
+        self.args, self.kwargs = pytree.tree_map(self._at_least_two, (args, kwargs))
+        self.shapes = None if self.size is None else pytree.tree_map(self._shape, (args, kwargs))
+
+    def _is_batched(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == self.size
+
+    def _at_least_two(self, leaf: Any) -> Any:
+        # A dimension of size 1 is always taken for a constant.
+        return torch.cat([leaf, leaf]) if self._is_batched(leaf) and self.size == 1 else leaf
+
+    def _shape(self, leaf: Any) -> Any:
+        return {0: self.dim} if self._is_batched(leaf) else None
+
+
+def _to_onnx(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    opset: int,
+    dynamic_batch: bool,
+    input_names: list[str],
+    output_names: list[str],
+    verbose: bool,
+) -> onnx.ModelProto:
+    """Trace and convert; quantizers become ``qat::FakeQuantize`` nodes, numbered in the order of their calls."""
+    dynamic = _Dynamic(args, kwargs, dynamic_batch)
+    shapes = dynamic.shapes and _by_parameter(model, dynamic)
+    try:
+        program = torch.export.export(model, dynamic.args, dynamic.kwargs, dynamic_shapes=shapes, strict=False)
+    except RuntimeError as error:
+        hint = " If it fixes the batch size, export with dynamic_batch=False." if dynamic_batch else ""
+        raise QATError(f"model: torch.export cannot trace it.{hint}\n{error}") from error
+    calls = itertools.count()
+
+    def translate(x: Any, scale: Any, axis: int | None = None, fmt: str = INT8.name) -> Any:
+        return graph.PLACEHOLDER(x, scale, call=next(calls), **({} if axis is None else {"axis": axis}))
+
+    try:
+        converted = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=opset,
+            input_names=input_names,
+            output_names=output_names,
+            custom_translation_table={torch.ops.qat.fake_quantize.default: translate},
+            optimize=False,
+            verbose=verbose,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise QATError(f"model: torch cannot express it in ONNX opset {opset}:\n{error}") from error
+    assert converted is not None
+    canonical = {id(site): path for path, site in quantizers(model)}
+    # Before anything merges equal scales: afterwards a scale no longer tells its site.
+    for node in converted.model.graph:
+        scale = node.inputs[1] if node.domain == graph.DOMAIN else None
+        if scale is not None and scale.name is not None:
+            owner = model.get_submodule(scale.name.removesuffix("." + _SCALE))
+            node.attributes.add(onnxscript.ir.AttrString("site", canonical[id(owner)]))
+    converted.optimize()
+    proto = converted.model_proto
+    _name_batch(proto)
+    return proto
+
+
+def _by_parameter(model: nn.Module, dynamic: _Dynamic) -> dict[str, Any]:
+    args, kwargs = dynamic.shapes  # type: ignore[misc]
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+
+
+def _name_batch(proto: onnx.ModelProto) -> None:
+    """Call the open dimension ``batch`` where the exporter gave it a symbol of its own."""
+    values = (*proto.graph.input, *proto.graph.output)
+    dims = [dim for value in values for dim in value.type.tensor_type.shape.dim if dim.dim_param]
+    symbols = {dim.dim_param for dim in dims if dim.dim_param.isidentifier()}
+    for dim in dims:
+        for symbol in symbols:
+            dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dim.dim_param)
+
+
+@contextlib.contextmanager
+def _scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target``, so that finished files can be moved into place at once. Opening it tests ``path``."""
+    if target.is_dir() or not target.name:
+        raise QATError(f"path={str(target)!r} is a folder; name the file to write")
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent)
+    except OSError as error:
+        raise QATError(f"path={str(target)!r} cannot be written: {error.strerror}. Choose a writable folder") from error
+    with folder as name:
+        yield Path(name)
+
+
+def _save(proto: onnx.ModelProto, path: Path, external_data: bool) -> None:
+    if external_data:
+        onnx.save_model(
+            proto, str(path), save_as_external_data=True, all_tensors_to_one_file=True, location=f"{path.name}.data"
+        )
+        return
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) >= _PROTOBUF_LIMIT:
+        raise QATError("the model exceeds 2 GiB, the limit of one ONNX file. Export with external_data=True")
+    onnx.save_model(proto, str(path))
+
+
+def _raise_on_findings(findings: list[Any]) -> None:
+    errors = [str(finding) for finding in findings if finding.level == "error"]
+    if errors:
+        raise QATError("TensorRT would refuse this graph or not run it in INT8:\n" + "\n".join(errors))

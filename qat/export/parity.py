@@ -1,0 +1,498 @@
+"""Do PyTorch and the exported graph compute the same? Compared through ONNX Runtime, without its graph optimizations.
+
+Two implementations of a float convolution round differently, a value that lies at a tie between two codes then falls to
+either side, and the difference travels on. That drift is no fault of the export, so PyTorch's own is measured beside it:
+the same model on the same inputs, without the oneDNN and cuDNN kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..errors import QATError
+from ..inputs import tensors
+from ..nn.add import QuantAdd
+from ..numerics import quantize
+from ..quantizer import Quantizer, State, WeightQuantizer, quantizers
+from .graph import SITES_KEY
+from .inputs import call_arguments, output_names, run
+
+# The largest distance from a tie, in codes, at which float rounding may still decide between two codes.
+TIE = 0.01
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two versions of one output are apart.
+
+    Attributes:
+        max_abs: Largest absolute difference.
+        max_rel: The same, relative to the output's largest magnitude.
+        sqnr: Signal to noise in dB, infinite for equal outputs.
+        top1: Share of equal largest classes; ``None`` for an output that is not ``(N, classes)``.
+    """
+
+    max_abs: float
+    max_rel: float
+    sqnr: float
+    top1: float | None
+
+    @classmethod
+    def between(cls, reference: np.ndarray, other: np.ndarray) -> Difference:
+        """The difference of ``other`` from ``reference``, two arrays of one shape."""
+        wide, noise = reference.astype(np.float64), other.astype(np.float64) - reference.astype(np.float64)
+        max_abs = float(np.abs(noise).max(initial=0.0))
+        peak = float(np.abs(wide).max(initial=0.0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            sqnr = float(10 * np.log10(np.square(wide).sum() / np.square(noise).sum())) if max_abs else float("inf")
+        classes = reference.ndim == 2 and reference.shape[1] > 1 and np.issubdtype(reference.dtype, np.floating)
+        top1 = float((reference.argmax(1) == other.argmax(1)).mean()) if classes else None
+        return cls(max_abs, max_abs / peak if peak else max_abs, sqnr, top1)
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """One output: ONNX Runtime against PyTorch, and PyTorch against itself with other kernels."""
+
+    name: str
+    onnx: Difference
+    drift: Difference
+
+
+@dataclass(frozen=True)
+class SiteParity:
+    """The codes of one call of an activation site, end to end.
+
+    Attributes:
+        site: Path of the site.
+        call: Which of its calls, from 0.
+        elements: How many codes.
+        equal: Share of equal codes, ONNX Runtime against PyTorch.
+        max_difference: Largest difference of codes.
+        drift_equal: Share of equal codes, PyTorch against itself with other kernels.
+    """
+
+    site: str
+    call: int
+    elements: int
+    equal: float
+    max_difference: int
+    drift_equal: float
+
+
+@dataclass(frozen=True)
+class SegmentParity:
+    """The codes of one call of a site when each part of the graph is fed PyTorch's own input to it.
+
+    Attributes:
+        site: Path of the site.
+        call: Which of its calls, from 0.
+        is_weight: Whether the site quantizes a weight.
+        elements: How many codes.
+        differing: How many differ.
+        max_difference: Largest difference of codes.
+        tie_distance: Largest distance of a differing element from the nearest tie, in codes; 0 if none differs.
+    """
+
+    site: str
+    call: int
+    is_weight: bool
+    elements: int
+    differing: int
+    max_difference: int
+    tie_distance: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What :func:`parity` found; prints as tables.
+
+    Attributes:
+        outputs: One entry an output.
+        sites: One entry a call of an activation site, if asked for.
+        segments: One entry a call of any site, if asked for.
+        unmatched: Sites that PyTorch calls more or less often than the graph.
+    """
+
+    outputs: list[OutputParity]
+    sites: list[SiteParity] = field(default_factory=list)
+    segments: list[SegmentParity] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+
+    @property
+    def top1(self) -> float | None:
+        """The lowest top-1 agreement of any output."""
+        return min((o.onnx.top1 for o in self.outputs if o.onnx.top1 is not None), default=None)
+
+    @property
+    def codes_equal(self) -> float | None:
+        """Share of equal codes over all sites, ONNX Runtime against PyTorch."""
+        return _share([(s.elements, s.equal) for s in self.sites])
+
+    @property
+    def drift_codes_equal(self) -> float | None:
+        """Share of equal codes over all sites, PyTorch against itself with other kernels."""
+        return _share([(s.elements, s.drift_equal) for s in self.sites])
+
+    def within_drift(self, slack: float = 6.0) -> bool:
+        """Whether ONNX Runtime is no farther from PyTorch than PyTorch with other kernels is.
+
+        Args:
+            slack: Tolerated difference of the two SQNRs in dB. Both are single draws of the same chaotic process: which
+                value falls to which side of a tie. 6 dB are a factor of 2 in amplitude.
+
+        Returns:
+            True also for outputs that differ by float rounding alone (``max_rel <= 1e-5``).
+        """
+        return all(o.onnx.max_rel <= 1e-5 or o.onnx.sqnr >= o.drift.sqnr - slack for o in self.outputs)
+
+    @property
+    def segments_exact(self) -> bool:
+        """Whether all weight codes are equal, and activation codes differ by at most 1 and only at ties."""
+        return all(s.differing == 0 if s.is_weight else s.max_difference <= 1 and s.tie_distance <= TIE for s in self.segments)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._output_table()
+        if self.sites:
+            yield self._site_table()
+        if self.segments:
+            yield self._segment_summary()
+        if self.unmatched:
+            yield "Not compared, called a different number of times: " + ", ".join(self.unmatched)
+
+    def __str__(self) -> str:
+        console = Console(width=128, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def _output_table(self) -> Table:
+        table = Table(title="ONNX Runtime against PyTorch, and PyTorch's own drift with other kernels", title_justify="left")
+        for column in ("output", "compared", "max abs", "max rel", "SQNR dB", "top-1 equal"):
+            table.add_column(column, justify="left" if column in ("output", "compared") else "right")
+        for output in self.outputs:
+            for label, diff in (("ONNX", output.onnx), ("drift", output.drift)):
+                top1 = "" if diff.top1 is None else f"{diff.top1:.2%}"
+                table.add_row(output.name, label, f"{diff.max_abs:.3g}", f"{diff.max_rel:.3g}", f"{diff.sqnr:.1f}", top1)
+        return table
+
+    def _site_table(self) -> Table:
+        table = Table(title="Equal INT8 codes, end to end", title_justify="left")
+        for column in ("site", "codes", "ONNX", "max diff", "drift"):
+            table.add_column(column, justify="left" if column == "site" else "right", overflow="fold")
+        for s in self.sites:
+            name = s.site if s.call == 0 else f"{s.site} (call {s.call})"
+            table.add_row(name, f"{s.elements}", f"{s.equal:.4%}", f"{s.max_difference}", f"{s.drift_equal:.4%}")
+        total = sum(s.elements for s in self.sites)
+        table.add_section()
+        table.add_row("all", f"{total}", f"{self.codes_equal:.4%}", "", f"{self.drift_codes_equal:.4%}")
+        return table
+
+    def _segment_summary(self) -> Table:
+        table = Table(title="Segment by segment, each fed PyTorch's own input", title_justify="left")
+        for column in ("codes of", "calls", "codes", "differing", "max diff", "farthest from a tie"):
+            table.add_column(column, justify="left" if column == "codes of" else "right")
+        for label, chosen in (
+            ("weights", [s for s in self.segments if s.is_weight]),
+            ("activations", [s for s in self.segments if not s.is_weight]),
+        ):
+            numbers = (len(chosen), sum(s.elements for s in chosen), sum(s.differing for s in chosen))
+            worst = max((s.max_difference for s in chosen), default=0)
+            far = max((s.tie_distance for s in chosen), default=0.0)
+            table.add_row(label, *map(str, numbers), f"{worst}", f"{far:.2g}")
+        return table
+
+
+def _share(parts: list[tuple[int, float]]) -> float | None:
+    total = sum(elements for elements, _ in parts)
+    return sum(elements * share for elements, share in parts) / total if total else None
+
+
+def parity(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    inputs: Any,
+    *,
+    codes: bool = False,
+    segments: bool = False,
+) -> ParityReport:
+    """Compare ``model`` with the ONNX file that ``qat.export_onnx`` wrote for it. The model is left as it was.
+
+    Both run in float32 and in eval mode; where the file was exported with ``fuse_adds``, the same sites of the model are
+    switched off for the comparison.
+
+    Args:
+        model: The model that was exported, quantizing.
+        path: The ONNX file.
+        inputs: As ``example_inputs`` of ``export_onnx``; any batch size if the file's is open.
+        codes: Also compare the INT8 codes of every activation site, end to end. Holds one byte an activation.
+        segments: Also cut the graph at every activation site, feed each part what PyTorch computed there, and compare
+            the codes it arrives at. Holds every site's input: keep the batch small.
+
+    Returns:
+        The report; ``print`` it, or read its attributes.
+
+    Raises:
+        QATError: If the file does not fit the model or the inputs.
+
+    Example:
+        >>> report = parity(model, "model.onnx", images)  # doctest: +SKIP
+        >>> report.top1  # doctest: +SKIP
+        1.0
+    """
+    file = os.fspath(path)
+    if not Path(file).is_file():
+        raise QATError(f"path={file!r}: no such file. Run qat.export_onnx(model, path, example_inputs) first")
+    args, kwargs = call_arguments(inputs, "inputs")
+    proto = onnx.load(file)
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    if SITES_KEY not in metadata:
+        raise QATError(f"path={file!r}: not a file of qat.export_onnx, it does not say which node belongs to which site")
+    nodes: dict[str, list[str]] = json.loads(metadata[SITES_KEY])
+    _refuse_foreign(model, nodes)
+    with _evaluating(model, fuse_adds=metadata.get("qat.fuse_adds") == "true"), torch.no_grad():
+        with _recorded(model, keep_inputs=segments, enabled=codes or segments) as calls:
+            output = run(model, args, kwargs, "inputs")
+        with _recorded(model, keep_inputs=False, enabled=codes) as other_calls, _other_kernels():
+            other = run(model, args, kwargs, "inputs")
+    feeds = _feeds(proto, args, kwargs)
+    names = [value.name for value in proto.graph.output]
+    pairs = _match(calls, nodes)
+    graph = _Graph(proto)
+    exposed: dict[str, _Call] = {}
+    for name, call in pairs if codes else ():
+        if not call.is_weight:
+            exposed.setdefault(graph.codes_of(name), call)
+    results = _run_onnx(proto, file, feeds, list(exposed))
+    references = [_array(t) for t in tensors(output)]
+    if len(references) != len(names):
+        raise QATError(f"path={file!r} has {len(names)} outputs, the model {len(references)}: {output_names(output)}")
+    drifts = [_array(t) for t in tensors(other)]
+    report_outputs = [
+        OutputParity(name, _difference(name, reference, results[name]), Difference.between(reference, drift))
+        for name, reference, drift in zip(names, references, drifts, strict=True)
+    ]
+    drift_codes = {(call.site, call.index): call.codes for site_calls in other_calls.values() for call in site_calls}
+    return ParityReport(
+        report_outputs,
+        [_site(call, results[name], drift_codes[call.site, call.index]) for name, call in exposed.items()],
+        _segments(graph, pairs, feeds) if segments else [],
+        sorted(site for site in calls if len(calls[site]) != len(nodes.get(site, [])) and site in nodes),
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a site did in one call."""
+
+    site: str
+    index: int
+    is_weight: bool
+    codes: np.ndarray
+    ratio: np.ndarray | None
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module, *, keep_inputs: bool, enabled: bool) -> Iterator[dict[str, list[_Call]]]:
+    """Record the codes of every site that quantizes, call by call."""
+    calls: dict[str, list[_Call]] = {}
+    handles = []
+
+    def recorder(path: str) -> Any:
+        def record(site: Quantizer, args: tuple[Tensor, ...]) -> None:
+            if site.state is State.QUANTIZING:
+                x = args[0]
+                scale = site.range_scale(x)
+                code = quantize(x, scale, axis=site.axis, fmt=site.fmt)
+                ratio = None
+                if keep_inputs:
+                    shape = [-1 if d == site.axis else 1 for d in range(x.ndim)] if site.axis is not None else []
+                    ratio = _array(x / scale.reshape(shape))
+                seen = calls.setdefault(path, [])
+                seen.append(_Call(path, len(seen), isinstance(site, WeightQuantizer), _array(code).astype(np.int8), ratio))
+
+        return record
+
+    try:
+        for path, site in quantizers(model) if enabled else ():
+            handles.append(site.register_forward_pre_hook(recorder(path)))
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module, *, fuse_adds: bool) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    fused = {module: module.fuse for module in model.modules() if isinstance(module, QuantAdd)}
+    try:
+        model.eval()
+        for add in fused:
+            add.fuse = fuse_adds
+        yield
+    finally:
+        for add, fuse in fused.items():
+            add.fuse = fuse
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _other_kernels() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # The switch also sets a TF32 flag, and warns where that flag means nothing.
+        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            yield
+
+
+def _refuse_foreign(model: nn.Module, nodes: Mapping[str, list[str]]) -> None:
+    sites = dict(quantizers(model))
+    missing = [site for site in nodes if site not in sites]
+    if missing:
+        raise QATError(f"{missing[0]}: in the ONNX file but not in the model; compare a file with the model it was made of")
+    off = [site for site in nodes if sites[site].state is not State.QUANTIZING]
+    if off:
+        raise QATError(f"{off[0]}: quantized in the ONNX file, {sites[off[0]].state.value} in the model. Calibrate it first")
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()
+
+
+def _feeds(proto: onnx.ModelProto, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The graph's inputs: by name where a keyword argument has one's name, otherwise by position."""
+    values = tensors((args, kwargs))
+    graph_inputs = list(proto.graph.input)
+    names = [value.name for value in graph_inputs]
+    if len(values) != len(names):
+        raise QATError(f"inputs: {len(values)} tensors, the ONNX file has {len(names)} inputs: {names}")
+    by_name = not args and set(kwargs) == set(names)
+    feeds = {name: _array(kwargs[name] if by_name else value) for name, value in zip(names, values, strict=True)}
+    for value in graph_inputs:
+        dims = value.type.tensor_type.shape.dim
+        wanted = [dim.dim_value or dim.dim_param for dim in dims]
+        found = list(feeds[value.name].shape)
+        if len(wanted) != len(found) or any(isinstance(w, int) and w != f for w, f in zip(wanted, found, strict=True)):
+            raise QATError(f"inputs: {value.name} has shape {found}, the ONNX file wants {wanted}")
+    return feeds
+
+
+def _difference(name: str, reference: np.ndarray, result: np.ndarray) -> Difference:
+    if reference.shape != result.shape:
+        raise QATError(f"{name}: shape {list(reference.shape)} in PyTorch, {list(result.shape)} in the ONNX file")
+    return Difference.between(reference, result)
+
+
+def _match(calls: Mapping[str, list[_Call]], nodes: Mapping[str, list[str]]) -> list[tuple[str, _Call]]:
+    """The node of each call: the file lists one a call, in their order."""
+    return [
+        (name, call)
+        for site, names in nodes.items()
+        if len(names) == len(calls.get(site, []))
+        for name, call in zip(names, calls[site], strict=True)
+    ]
+
+
+class _Graph:
+    """Where the codes of a site are in the file."""
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self.proto = proto
+        self.nodes = {node.name: node for node in proto.graph.node}
+        self.constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+
+    def codes_of(self, name: str) -> str:
+        """The tensor that holds the codes: a Q node's output, or the input of a DQ node without Q."""
+        node = self.nodes[name]
+        return node.output[0] if node.op_type == "QuantizeLinear" else node.input[0]
+
+
+def _run_onnx(
+    proto: onnx.ModelProto, file: str | None, feeds: Mapping[str, np.ndarray], extra: list[str]
+) -> dict[str, np.ndarray]:
+    """All outputs, and the int8 tensors ``extra``, without any graph optimization."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    names = [value.name for value in proto.graph.output]
+    source: Any = file
+    if extra or file is None:
+        changed = onnx.ModelProto()
+        changed.CopyFrom(proto)
+        changed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.INT8, None) for name in extra)
+        source = changed.SerializeToString()
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    values = session.run([*names, *extra], dict(feeds))
+    return dict(zip([*names, *extra], values, strict=True))
+
+
+def _site(call: _Call, found: np.ndarray, drift: np.ndarray) -> SiteParity:
+    difference = np.abs(call.codes.astype(np.int16) - found)
+    return SiteParity(
+        call.site,
+        call.index,
+        call.codes.size,
+        float((difference == 0).mean()),
+        int(difference.max(initial=0)),
+        float((call.codes == drift).mean()),
+    )
+
+
+def _segments(graph: _Graph, pairs: list[tuple[str, _Call]], feeds: Mapping[str, np.ndarray]) -> list[SegmentParity]:
+    """Run all parts between activation sites at once: what a DQ node computed becomes an input of the graph."""
+    cut = onnx.ModelProto()
+    cut.CopyFrom(graph.proto)
+    fed = dict(feeds)
+    for name, call in pairs:
+        node = graph.nodes[name]
+        if call.is_weight:
+            continue
+        readers = [other for other in graph.proto.graph.node if node.output[0] in other.input]
+        for reader in readers:
+            if reader.output[0] not in fed and not any(v.name == reader.output[0] for v in cut.graph.output):
+                scale = numpy_helper.to_array(graph.constants[reader.input[1]])
+                fed[reader.output[0]] = call.codes.astype(np.float32) * scale
+    kept = [node for node in cut.graph.node if node.output[0] not in fed]
+    del cut.graph.node[:]
+    cut.graph.node.extend(kept)
+    given = {value.name for value in cut.graph.input}
+    new_inputs = [name for name in fed if name not in given]
+    cut.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in new_inputs)
+    wanted = list(dict.fromkeys(graph.codes_of(name) for name, _ in pairs))
+    stored = {name: numpy_helper.to_array(graph.constants[name]) for name in wanted if name in graph.constants}
+    found = _run_onnx(cut, None, fed, [name for name in wanted if name not in stored])
+    return [_segment(call, {**found, **stored}[graph.codes_of(name)]) for name, call in pairs]
+
+
+def _segment(call: _Call, found: np.ndarray) -> SegmentParity:
+    difference = np.abs(call.codes.astype(np.int16) - found)
+    differs = difference > 0
+    assert call.ratio is not None
+    ratio = call.ratio[differs]
+    distance = np.abs(np.abs(ratio - np.floor(ratio)) - 0.5)
+    return SegmentParity(
+        call.site,
+        call.index,
+        call.is_weight,
+        call.codes.size,
+        int(differs.sum()),
+        int(difference.max(initial=0)),
+        float(distance.max(initial=0.0)),
+    )
