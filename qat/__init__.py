@@ -21,6 +21,7 @@ _PUBLIC = {
     "prepare": "preparation",
     "restore": "preparation",
 }
+_MODULES = frozenset(_PUBLIC.values()) | {"inputs", "nn", "quantizer"}
 __all__ = ["__version__", *_PUBLIC, "nn"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
-    if name in ("nn", "calibration", "callbacks", "config", "errors", "export", "inputs", "numerics", "preparation", "quantizer"):
+    if name in _MODULES:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

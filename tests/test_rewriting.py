@@ -371,11 +371,6 @@ def test_additions_that_are_no_residuals_get_no_site(block):
 
 
 def test_traceback_shows_the_line_of_the_user_source():
-    class Fails(Block):
-        def forward(self, x):
-            y = self.conv(x) + x
-            raise KeyError("from the user")
-
     class Raises(Block):
         def forward(self, x):
             y = self.conv(x) + x

@@ -34,7 +34,14 @@ class QuantAttention(Derived):
     key_quantizer: Quantizer
     value_quantizer: Quantizer
     out_quantizer: Quantizer
+    in_weight_quantizer: WeightQuantizer
     out_weight_quantizer: WeightQuantizer
+    in_proj_weight: Tensor
+    in_proj_bias: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+    out_proj: nn.Linear
+    dropout: float
     embed_dim: int
     num_heads: int
 
@@ -48,7 +55,8 @@ class QuantAttention(Derived):
 
     def remove_quantizers(self) -> None:
         """Inverse of :meth:`add_quantizers`."""
-        for name in [n for n, child in self.named_children() if isinstance(child, Quantizer)]:
+        # Not named_children: it passes over a quantizer that two inputs share.
+        for name in [n for n, child in self._modules.items() if isinstance(child, Quantizer)]:
             delattr(self, name)
         self._python_path.remove()
         del self._python_path
@@ -77,9 +85,7 @@ class QuantAttention(Derived):
                 return F.linear(q_in, weight, bias).chunk(3, dim=-1)  # type: ignore[return-value]
             weights = weight.chunk(3)
         else:
-            weights = tuple(
-                getattr(self, f"{key}_weight_quantizer")(w) for key, w in projections(self).items() if key != "out"
-            )
+            weights = tuple(getattr(self, f"{key}_weight_quantizer")(w) for key, w in projections(self).items() if key != "out")
         biases = bias.chunk(3) if bias is not None else (None, None, None)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((q_in, k_in, v_in), weights, biases, strict=True))
         return q, k, v
@@ -95,6 +101,18 @@ class QuantAttention(Derived):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if self.query_quantizer.state is State.OFF:
+            # The float model, to the bit: PyTorch may run a fused kernel here.
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask: pass the mask too, as nn.MultiheadAttention demands")
         batched = query.dim() == 3
@@ -172,14 +190,14 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def projections(module: nn.MultiheadAttention | QuantAttention) -> dict[str, Tensor]:
     """The projection weights of an attention module: ``in`` (packed) or ``query``, ``key``, ``value``; and ``out``."""
     if module._qkv_same_embed_dim:
-        weights = {"in": module.in_proj_weight}
+        names = {"in": "in_proj_weight"}
     else:
-        weights = {"query": module.q_proj_weight, "key": module.k_proj_weight, "value": module.v_proj_weight}
-    return {**weights, "out": module.out_proj.weight}  # type: ignore[dict-item]
+        names = {"query": "q_proj_weight", "key": "k_proj_weight", "value": "v_proj_weight"}
+    return {key: module.get_parameter(name) for key, name in {**names, "out": "out_proj.weight"}.items()}
 
 
-@functools.lru_cache(maxsize=None)
-def quant_attention_class(float_class: type[nn.Module]) -> type[QuantAttention]:
+@functools.cache
+def quant_attention_class(float_class: type) -> type[QuantAttention]:
     """The quantized class that derives from ``float_class``."""
     return type(
         f"Quant{float_class.__name__}", (QuantAttention, float_class), {"float_class": float_class, "__module__": __name__}

@@ -15,6 +15,10 @@ class Derived(nn.Module):
 
     float_class: type[nn.Module]
 
+    def remove_quantizers(self) -> None:
+        """Take off what preparing added; the class is exchanged by the caller."""
+        raise TypeError(f"{type(self).__name__} does not say what it added")
+
     @classmethod
     def rebuild_args(cls) -> tuple[Any, ...]:
         """Function and plain arguments that return this class in another process."""

@@ -119,17 +119,18 @@ class QuantLinear(QuantLayer, nn.Linear):
 _DIRECT = {cls.float_class: cls for cls in (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)}
 
 
-@functools.lru_cache(maxsize=None)
-def quant_class(float_class: type[nn.Module]) -> type[QuantLayer]:
+@functools.cache
+def quant_class(float_class: Any) -> type[QuantLayer]:
     """The quantized class that derives from ``float_class``, made on demand for subclasses of torch's layers."""
     if float_class in _DIRECT:
         return _DIRECT[float_class]
     bases: tuple[type, ...] = (InterceptedLayer, float_class)
-    for base, cls in _DIRECT.items():
+    for base in _DIRECT:
         same_conv = base is nn.Linear or float_class._conv_forward is getattr(base, "_conv_forward", None)
         if issubclass(float_class, base) and float_class.forward is base.forward and same_conv:
             bases = (QuantLinear, float_class) if base is nn.Linear else (_QuantConv, float_class)
-    return type(f"Quant{float_class.__name__}", bases, {"float_class": float_class, "__module__": __name__})
+    members = {"float_class": float_class, "__module__": __name__}
+    return type(f"Quant{float_class.__name__}", bases, members)
 
 
 def make_weight_quantizer(weight: Tensor, site: SiteConfig, *, per_channel: bool = True) -> WeightQuantizer:

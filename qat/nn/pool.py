@@ -41,7 +41,7 @@ class QuantPool(Derived):
         return quant_pool_class, cls.float_class
 
 
-@functools.lru_cache(maxsize=None)
-def quant_pool_class(float_class: type[nn.Module]) -> type[QuantPool]:
+@functools.cache
+def quant_pool_class(float_class: type) -> type[QuantPool]:
     """The class with a quantized input that derives from ``float_class``."""
     return type(f"Quant{float_class.__name__}", (QuantPool, float_class), {"float_class": float_class, "__module__": __name__})

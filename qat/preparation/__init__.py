@@ -52,7 +52,9 @@ def prepare(model: nn.Module, config: QuantConfig | None = None, *, example_inpu
     if is_prepared(model):
         existing = prepared_report(model)
         if existing is None:
-            raise QATError("A part of this model is prepared already: qat.restore(model) first, or prepare its parts one by one")
+            raise QATError(
+                "A part of this model is prepared already: qat.restore(model) first, or prepare its parts one by one"
+            )
         if config is not None and config != existing.config:
             raise QATError("This model is prepared with other settings: qat.restore(model) first")
         notice = "This model was prepared before: nothing was changed."

@@ -67,7 +67,9 @@ def find_adds(flow: Flow, quantized: set[str], run: Run | None = None) -> tuple[
             continue
         if keys and not trace.graphs:
             lines = f"{len(keys)} addition{'s' if len(keys) > 1 else ''}"
-            left.append(Left(trace.path, lines, f"its forward cannot be traced ({trace.failure}): pass example_inputs=; {_REMEDY}"))
+            left.append(
+                Left(trace.path, lines, f"its forward cannot be traced ({trace.failure}): pass example_inputs=; {_REMEDY}")
+            )
             continue
         for key in keys:
             nodes = [n for graph in trace.graphs for n in graph.nodes if n.target is located_add and n.args[0] == key]
@@ -79,7 +81,7 @@ def find_adds(flow: Flow, quantized: set[str], run: Run | None = None) -> tuple[
                 left.append(Left(trace.path, "addition in place", why))
                 continue
             operands = tuple(tuple(n.args[1:]) for n in residual)
-            found.append(Located(trace.path, key, operands, trace, fusable_input(flow, trace, *operands[0])))  # type: ignore[arg-type]
+            found.append(Located(trace.path, key, operands, trace, fusable_input(flow, trace, *operands[0])))
     return found + list(_add_modules(flow)), left
 
 
@@ -118,7 +120,7 @@ def find_pools(flow: Flow) -> list[Located]:
             nodes = [n for graph in trace.graphs for n in graph.nodes if n.target is located_pool and n.args[0] == key]
             operands = tuple(tuple(n.args[1:]) for n in nodes if is_activation(n.args[1]))
             if operands:
-                found.append(Located(trace.path, key, operands, trace))  # type: ignore[arg-type]
+                found.append(Located(trace.path, key, operands, trace))
     return found
 
 

@@ -30,7 +30,7 @@ def check_model(model: nn.Module) -> None:
             raise QATError(f"{where} is compiled: prepare the original (model._orig_mod), then call torch.compile")
         if isinstance(module, torch.jit.ScriptModule):
             raise QATError(f"{where} is a TorchScript module ({name}): prepare the Python model it was made from")
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise QATError(f"{where} is a lazy {name} without shapes yet: run one forward pass first")
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:

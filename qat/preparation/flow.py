@@ -150,8 +150,10 @@ class Flow:
         return self._outputs[path]
 
     def resolve(self, trace: Trace, node: fx.Node) -> Origin:
-        """The origin of ``node`` in the whole model: followed into the callers of ``trace``'s module, up to the model's
-        own inputs. What cannot be traced is left out."""
+        """The origin of ``node`` in the whole model, up to the model's own inputs.
+
+        Module inputs are followed into the callers. What cannot be traced is left out.
+        """
         result = Origin()
         stack = [(trace, node)]
         seen = {(trace.path, node)}
@@ -186,7 +188,8 @@ class Flow:
         named: dict[str, list[fx.Node]] = {}
         for name, value in bound.items():
             parameter = signature.parameters[name]
-            prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+            prefix = "*" if parameter.kind is parameter.VAR_POSITIONAL else ""
+            prefix = "**" if parameter.kind is parameter.VAR_KEYWORD else prefix
             nodes: list[fx.Node] = []
             fx.node.map_arg(value, nodes.append)
             named[prefix + name] = nodes
@@ -300,7 +303,7 @@ def _output(graph: fx.Graph) -> fx.Node:
 
 
 def _below(path: str, top: str) -> bool:
-    return top == "" and path != "" or path.startswith(top + ".")
+    return (top == "" and path != "") or path.startswith(top + ".")
 
 
 def _above(path: str) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import QuantConfig
 
@@ -94,7 +95,7 @@ class Report:
         for item in self.left:
             left.add_row(*map(escape, (item.path, item.what, item.why)))
         head = f"Head ({self.head_source}): {', '.join(self.head) or 'none'}"
-        parts = [sites, left, escape(head), escape(self.summary())]
+        parts: list[Any] = [sites, left, escape(head), escape(self.summary())]
         if self.notice:
             parts.append(escape(self.notice))
         console = Console(width=150, record=False, color_system=None)

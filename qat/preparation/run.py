@@ -119,10 +119,10 @@ def observe(flow: Flow, example_inputs: Any) -> Run:
         found.append((tracker.operand(a), tracker.operand(b)))
 
     try:
-        for path in flow.weighted:
-            handles.append(model.get_submodule(path).register_forward_hook(tracker.weighted_hook(path)))
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
+        for path, module in model.named_modules():
+            if path in flow.weighted:
+                handles.append(module.register_forward_hook(tracker.weighted_hook(path)))
+            elif isinstance(module, _BatchNorm):
                 handles.append(module.register_forward_hook(tracker.normalization_hook))
         for trace in flow.traces.values():
             keys = [key for key in trace.source.keys if key.form != "pool"]

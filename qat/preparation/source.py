@@ -7,7 +7,6 @@ Everything else stays as it was written, line numbers, globals and closures incl
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -259,7 +258,7 @@ class _Rewrite(_Visitor):
         self.generic_visit(node)
         if _is_super(node.value):
             at = _lookup(self.cls, node.attr, self.method.owner + 1)
-            if at in self.redirect:
+            if at is not None and at in self.redirect:
                 me = ast.copy_location(ast.Name(id=self.me or "self", ctx=ast.Load()), node)
                 return ast.copy_location(ast.Attribute(value=me, attr=self.redirect[at], ctx=node.ctx), node)
         return node
@@ -314,10 +313,11 @@ def _compile(method: Method, tree: ast.FunctionDef, class_name: str) -> Function
 
 def plain_operation(form: str) -> Callable[[Any, Any], Any]:
     """What an addition of this form does to operands that are not traced."""
-    return {
+    operations: dict[str, Callable[[Any, Any], Any]] = {
         "+": operator.add,
         "+=": operator.iadd,
         "torch.add": torch.add,
         "add": lambda a, b: a.add(b),
         "add_": lambda a, b: a.add_(b),
-    }[form]
+    }
+    return operations[form]

@@ -40,8 +40,8 @@ class Rewritten(Derived):
         return rewritten_class, cls.float_class, cls.names
 
 
-@functools.lru_cache(maxsize=None)
-def rewritten_class(float_class: type[nn.Module], names: tuple[tuple[Key, str], ...]) -> type[Rewritten]:
+@functools.cache
+def rewritten_class(float_class: type, names: tuple[tuple[Key, str], ...]) -> type[Rewritten]:
     """The class that derives from ``float_class`` with these expressions replaced."""
     members = {"float_class": float_class, "names": names, "__module__": __name__}
     return derive_class(read_class(float_class), dict(names), (Rewritten,), members)
@@ -66,22 +66,18 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
             tensors = projections(module)
             device = module.out_proj.weight.device
             inputs = {what: quantizer((path, what), device) for what in ("query", "key", "value", "out")}
-            own = {
-                key: weights.setdefault((id(w), site), make_weight_quantizer(w, site)) for key, w in tensors.items()
-            }
-            module.__class__ = quant_attention_class(type(module))
-            module.add_quantizers(inputs, own)  # type: ignore[operator]
+            own = {key: weights.setdefault((id(w), site), make_weight_quantizer(w, site)) for key, w in tensors.items()}
+            _retype(module, quant_attention_class(_class(module))).add_quantizers(inputs, own)
         else:
-            weight = module.weight
+            weight = module.get_parameter("weight")
             per_channel = not isinstance(module, CONVS_TRANSPOSED)
-            new = make_weight_quantizer(weight, site, per_channel=per_channel)  # type: ignore[arg-type]
+            new = make_weight_quantizer(weight, site, per_channel=per_channel)
             weight_site = weights.setdefault((id(weight), site), new)
-            module.__class__ = quant_class(type(module))
-            module.add_quantizers(quantizer((path, "input"), weight.device), weight_site)  # type: ignore[operator,arg-type]
+            input_site = quantizer((path, "input"), weight.device)
+            _retype(module, quant_class(_class(module))).add_quantizers(input_site, weight_site)
     for path in plan.pools:
         module = model.get_submodule(path)
-        module.__class__ = quant_pool_class(type(module))
-        module.add_quantizers(quantizer((path, "input"), home))  # type: ignore[operator]
+        _retype(module, quant_pool_class(_class(module))).add_quantizers(quantizer((path, "input"), home))
     _rewrite(model, plan, quantizer, home)
     report = _report(model, plan)
     setattr(model, REPORT, report)
@@ -91,13 +87,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
 def _rewrite(model: nn.Module, plan: Plan, quantizer: Any, home: torch.device) -> None:
     by_module: dict[str, list[tuple[PlannedExpression, nn.Module]]] = {}
     for item in plan.adds:
-        a, b = (
-            quantizer((item.path, what), home) if placed else None for what, placed in zip("ab", item.inputs, strict=True)
-        )
+        a, b = (quantizer((item.path, what), home) if placed else None for what, placed in zip("ab", item.inputs, strict=True))
         if item.located.key is None:
             module = model.get_submodule(item.path)
-            module.__class__ = QuantAdd
-            module.set_quantizers(a, b, fusable=item.located.fusable)  # type: ignore[operator]
+            _retype(module, QuantAdd).set_quantizers(a, b, fusable=item.located.fusable)
         else:
             by_module.setdefault(item.located.path, []).append((item, QuantAdd(a, b, fusable=item.located.fusable)))
     for item in plan.pool_calls:
@@ -105,10 +98,20 @@ def _rewrite(model: nn.Module, plan: Plan, quantizer: Any, home: torch.device) -
     for path, items in by_module.items():
         module = model.get_submodule(path)
         names = tuple((item.located.key, item.name) for item, _ in items if item.located.key is not None)
-        module.__class__ = rewritten_class(type(module), names)
+        _retype(module, rewritten_class(_class(module), names))
         for item, child in items:
             child.train(module.training)
             module.add_module(item.name, child)
+
+
+def _class(module: nn.Module) -> Any:
+    return type(module)
+
+
+def _retype(module: nn.Module, cls: type) -> Any:
+    """Exchange the class of ``module`` in place."""
+    module.__class__ = cls
+    return module
 
 
 def undo(model: nn.Module) -> int:
@@ -117,14 +120,15 @@ def undo(model: nn.Module) -> int:
     for module in list(model.modules()):
         if type(module) is QuantAdd:
             module.remove_quantizers()
-            module.__class__ = Add
+            _retype(module, Add)
         elif isinstance(module, Derived):
             module.remove_quantizers()
-            module.__class__ = module.float_class
+            _retype(module, module.float_class)
         else:
             continue
         changed += 1
-    model.__dict__.pop(REPORT, None)
+    for module in model.modules():
+        module.__dict__.pop(REPORT, None)
     return changed
 
 
@@ -140,7 +144,7 @@ def _report(model: nn.Module, plan: Plan) -> Report:
     expressions = {item.path: item for item in (*plan.adds, *plan.pool_calls)}
     for path, module in model.named_modules(remove_duplicate=False):
         if path in kinds:
-            for name, site in module.named_children():
+            for name, site in module._modules.items():
                 if isinstance(site, Quantizer):
                     add(path, name.removesuffix("_quantizer"), kinds[path], site)
         elif path in plan.pools and isinstance(module, QuantPool):

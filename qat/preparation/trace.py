@@ -124,21 +124,21 @@ def _defaults(cls: type[nn.Module]) -> dict[str, Any]:
 
 
 def _twin(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """A copy of ``module`` alone: own attributes copied, so that side effects of tracing stay in the copy; tensors and
-    children shared."""
+    """A copy of ``module`` alone: side effects of tracing stay in its own attributes; tensors and children are shared."""
     twin = cls.__new__(cls)
     memo: dict[int, Any] = {id(module): twin}
     for shared in (*module.parameters(), *module.buffers(), *module.modules()):
         if shared is not module:
             memo[id(shared)] = shared
-    state = {}
-    for name, value in module.__dict__.items():
-        try:
-            state[name] = copy.deepcopy(value, memo)
-        except (TypeError, RuntimeError, ValueError, AttributeError, pickle.PicklingError):
-            state[name] = value  # a lock, a generator, a graph tensor: cannot be copied
-    twin.__dict__.update(state)
+    twin.__dict__.update({name: _copied(value, memo) for name, value in module.__dict__.items()})
     return twin
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    except (TypeError, RuntimeError, ValueError, AttributeError, pickle.PicklingError):
+        return value  # a lock, a generator, a tensor inside an autograd graph: cannot be copied
 
 
 def is_shape(node: fx.Node) -> bool:
