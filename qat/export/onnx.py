@@ -13,7 +13,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +24,16 @@ from torch.utils import _pytree as pytree
 
 from ..errors import QATError
 from ..inputs import tensors
-from ..nn.add import QuantAdd
 from ..numerics import INT8
-from ..quantizer import Quantizer, State, WeightQuantizer, is_prepared, quantizers
+from ..quantizer import is_prepared, quantizers
 from . import graph
 from . import opset as opsets
 from .check import check_onnx
-from .inputs import call_arguments, run
-from .inputs import output_names as names_of
+from .inputs import call_arguments
+from .state import SCALE, exporting
 
 OPSETS = range(17, 25)
-_SCALE = "export_scale"
 _PROTOBUF_LIMIT = 2**31
-
-
-class BackboneAndHead(nn.Module):
-    """The part of a detector that an engine runs: images to raw logits and boxes, before any post-processing.
-
-    It shares the modules, so it is made before or after ``qat.prepare`` alike. Images are what the detector's own
-    transform hands to the backbone: normalised, of one size. Anchors, decoding and NMS stay in PyTorch.
-
-    Args:
-        backbone: Images ``(N, C, H, W)`` to a tensor or a dict of feature maps.
-        head: Called with the list of feature maps.
-
-    Example:
-        >>> features = nn.Conv2d(3, 4, 3)
-        >>> BackboneAndHead(features, nn.Identity())(torch.zeros(1, 3, 8, 8))[0].shape
-        torch.Size([1, 4, 6, 6])
-    """
-
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = head
-
-    def forward(self, images: Tensor) -> Any:
-        features = self.backbone(images)
-        return self.head([features] if isinstance(features, Tensor) else list(features.values()))
 
 
 def export_onnx(
@@ -116,7 +87,7 @@ def export_onnx(
         raise QATError("model: not prepared, there is nothing to export in INT8. Run qat.prepare(model) first")
     _refuse_other_dtypes(model)
     args, kwargs = call_arguments(example_inputs, "example_inputs")
-    with _scratch_folder(target) as scratch, torch.no_grad(), _exporting(model, args, kwargs, fuse_adds) as traced:
+    with _scratch_folder(target) as scratch, torch.no_grad(), exporting(model, args, kwargs, fuse_adds) as traced:
         input_list = _names(input_names, _parameter_names(model, args, kwargs), "input_names")
         output_list = _names(output_names, traced.output_names, "output_names")
         _refuse_shared_names(input_list, output_list)
@@ -133,87 +104,6 @@ def export_onnx(
             if (scratch / name).exists():
                 (scratch / name).replace(target.parent / name)
     return target
-
-
-@dataclass
-class _Traced:
-    """What a run of the model told about it."""
-
-    output_names: list[str]
-    weight_sites: set[str]
-
-
-class _ScaleRecorder:
-    """Observer that notes the scale a site would use; a site that is never called notes none."""
-
-    def __init__(self, site: Quantizer) -> None:
-        self.site = site
-        self.scale: Tensor | None = None
-
-    def observe(self, x: Tensor) -> None:
-        self.scale = self.site.range_scale(x).detach()
-
-
-@contextlib.contextmanager
-def _exporting(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fuse_adds: bool) -> Iterator[_Traced]:
-    """Put ``model`` in the state to be traced; afterwards, and after an error, it is what it was."""
-    sites = dict(quantizers(model))
-    adds = [module for module in model.modules() if isinstance(module, QuantAdd)]
-    training = {module: module.training for module in model.modules()}
-    states = {site: (site.state, site.observer) for site in sites.values()}
-    fused = {add: add.fuse for add in adds}
-    try:
-        model.eval()
-        for add in adds:
-            add.fuse = fuse_adds
-        recorders = {path: _ScaleRecorder(site) for path, site in sites.items()}
-        for path, site in sites.items():
-            site.observer, site.state = recorders[path], State.COLLECTING
-        output = run(model, args, kwargs, "example_inputs")
-        # Sites that do not run in eval mode, auxiliary heads say, are no part of the graph and need no range.
-        reached = {path: site for path, site in sites.items() if recorders[path].scale is not None}
-        _refuse_unready(reached, {path: states[site][0] for path, site in reached.items()})
-        for path, site in sites.items():
-            site.observer, site.state = states[site][1], State.OFF
-            if path in reached:
-                site.register_buffer(_SCALE, recorders[path].scale, persistent=False)
-                site.state = State.EXPORTING
-        yield _Traced(names_of(output), {path for path, site in sites.items() if isinstance(site, WeightQuantizer)})
-    finally:
-        for site, (state, observer) in states.items():
-            site.state, site.observer = state, observer
-            if _SCALE in site._buffers:
-                delattr(site, _SCALE)
-        for add, fuse in fused.items():
-            add.fuse = fuse
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _refuse_unready(sites: dict[str, Quantizer], states: dict[str, State]) -> None:
-    if not sites:
-        raise QATError("model: example_inputs reach no quantized layer, there is nothing to export in INT8")
-    follows = {path for path, site in sites.items() if isinstance(site, WeightQuantizer) and site.follow}
-    empty = [path for path, site in sites.items() if path not in follows and not site.has_range]
-    if empty:
-        raise QATError(_listing(empty, "no data seen, amax is unset") + "\nRun qat.calibrate(model, loader) before export.")
-    off = [path for path in sites if states[path] is not State.QUANTIZING]
-    if off:
-        raise QATError(
-            _listing(off, "switched off, or still collecting")
-            + "\nRun qat.calibrate(model, loader), or set_state(State.QUANTIZING) on these sites, before export."
-        )
-    other = [path for path, site in sites.items() if site.fmt != INT8]
-    if other:
-        raise QATError(
-            _listing(other, "its number format cannot be exported, only int8 can")
-            + "\nUse weight_format='int8' for these layers, or quantize=False."
-        )
-
-
-def _listing(paths: list[str], problem: str, most: int = 20) -> str:
-    more = [f"... and {len(paths) - most} more"] if len(paths) > most else []
-    return "\n".join([*(f"{path}: {problem}" for path in paths[:most]), *more])
 
 
 def _refuse_other_dtypes(model: nn.Module) -> None:
@@ -316,7 +206,7 @@ def _to_onnx(
     for node in converted.model.graph:
         scale = node.inputs[1] if node.domain == graph.DOMAIN else None
         if scale is not None and scale.name is not None:
-            owner = model.get_submodule(scale.name.removesuffix("." + _SCALE))
+            owner = model.get_submodule(scale.name.removesuffix("." + SCALE))
             node.attributes.add(onnxscript.ir.AttrString("site", canonical[id(owner)]))
     converted.optimize()
     proto = converted.model_proto
