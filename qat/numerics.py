@@ -68,7 +68,7 @@ def amax_to_scale(amax: Tensor, fmt: Format = INT8) -> Tensor:
 def _view(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
     """``scale`` in the shape that broadcasts along ``axis`` of ``x``."""
     if axis is None:
-        return scale
+        return scale.reshape(())  # one element in another shape must not add dimensions to x
     return scale.reshape([-1 if d == axis % x.ndim else 1 for d in range(x.ndim)])
 
 
