@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -121,6 +121,15 @@ class Quantizer(nn.Module):
         """The scale to quantize ``x`` with."""
         return self.scale
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        # model.half() and model.bfloat16() would round the range, or lose a small one: only the device may change.
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "amax" in state_dict:
@@ -176,7 +185,7 @@ class WeightQuantizer(Quantizer):
         magnitude = weight.detach().abs()
         if self.axis is None:
             return magnitude.amax().to(torch.float32)
-        return magnitude.amax([d for d in range(weight.ndim) if d != self.axis]).to(torch.float32)
+        return magnitude.amax([d for d in range(weight.ndim) if d != self.axis % weight.ndim]).to(torch.float32)
 
     def range_scale(self, x: Tensor) -> Tensor:
         return amax_to_scale(self.weight_amax(x), self.fmt) if self.follow else self.scale
