@@ -112,10 +112,10 @@ class QuantConfig:
         for item in fields(self):
             _check(item.name, getattr(self, item.name))
         if self.head is not None:
-            if isinstance(self.head, str) or not all(isinstance(glob, str) and glob for glob in self.head):
+            if not _is_list(self.head) or not all(isinstance(glob, str) and glob for glob in self.head):
                 raise QATError(f"head={self.head!r}: must be a list of globs, empty for a model without a classifier")
             object.__setattr__(self, "head", tuple(self.head))
-        if isinstance(self.rules, Mapping | str):
+        if not _is_list(self.rules):
             raise QATError("rules: must be a list of {match: glob, setting: value}")
         object.__setattr__(self, "rules", tuple(_rule(rule) for rule in self.rules))
 
@@ -181,6 +181,10 @@ class QuantConfig:
 def matches(glob: str, path: str) -> bool:
     """Whether ``glob`` names the module at ``path`` or one above it."""
     return fnmatchcase(path, glob) or fnmatchcase(path, glob + ".*")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _known(settings: Mapping[str, Any], cls: type, where: str) -> dict[str, Any]:
