@@ -19,12 +19,33 @@ from ..quantizer import Quantizer, State, WeightQuantizer
 from .derive import Derived
 
 
-def needs_python_path(module: nn.Module, args: Any) -> None:
-    """A forward pre-hook that does nothing.
+def _does_nothing(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook: its presence is what counts."""
 
-    PyTorch's fused inference kernels for attention and encoder layers bypass the modules, and step aside for a module
-    that has a hook.
+
+def keep_python_path(model: nn.Module) -> None:
+    """Make PyTorch's encoder layers call their modules in inference, too, wherever these hold sites.
+
+    The fused kernels read the weights of the modules and bypass their forwards. A layer with a hook does not use them;
+    an encoder must not make nested tensors then, which only the kernels take.
     """
+    for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer):
+            continue
+        if any(isinstance(inner, Quantizer) for inner in module.modules()):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.__dict__["_qat_hook"] = module.register_forward_pre_hook(_does_nothing)
+            elif getattr(module, "use_nested_tensor", False):
+                module.__dict__.update(use_nested_tensor=False, _qat_nested=True)
+
+
+def allow_fused_path(model: nn.Module) -> None:
+    """Inverse of :func:`keep_python_path`."""
+    for module in model.modules():
+        if "_qat_hook" in module.__dict__:
+            module.__dict__.pop("_qat_hook").remove()
+        if module.__dict__.pop("_qat_nested", False):
+            module.__dict__["use_nested_tensor"] = True
 
 
 class QuantAttention(Derived):
@@ -51,15 +72,12 @@ class QuantAttention(Derived):
             self.add_module(f"{key}_quantizer", site)
         for key, weight_site in weights.items():
             self.add_module(f"{key}_weight_quantizer", weight_site)
-        self._python_path = self.register_forward_pre_hook(needs_python_path)
 
     def remove_quantizers(self) -> None:
         """Inverse of :meth:`add_quantizers`."""
         # Not named_children: it passes over a quantizer that two inputs share.
         for name in [n for n, child in self._modules.items() if isinstance(child, Quantizer)]:
             delattr(self, name)
-        self._python_path.remove()
-        del self._python_path
 
     def refresh_weight_ranges(self) -> None:
         """Record the current weights' ranges where they follow the weights."""
@@ -101,7 +119,7 @@ class QuantAttention(Derived):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if self.query_quantizer.state is State.OFF:
+        if all(site.state is State.OFF for site in self._modules.values() if isinstance(site, Quantizer)):
             # The float model, to the bit: PyTorch may run a fused kernel here.
             return super().forward(
                 query,
@@ -126,7 +144,9 @@ class QuantAttention(Derived):
         value = key if same[1] else value
         length, batch, _ = query.shape
         q, k, v = self._project(query, key, value)
-        mask = self._merge_masks_to_float(attn_mask, key_padding_mask, q, k.shape[0])
+        # As in torch: the hint replaces the mask where nothing else needs it, which keeps the fused causal kernel.
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask = None if causal else self._merge_masks_to_float(attn_mask, key_padding_mask, q, k.shape[0])
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(1, batch, -1)])
             v = torch.cat([v, self.bias_v.expand(1, batch, -1)])
@@ -143,7 +163,7 @@ class QuantAttention(Derived):
             weights = F.dropout(weights, dropout, training=True) if dropout > 0.0 else weights
             out = weights @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         out = out.permute(2, 0, 1, 3).reshape(length, batch, self.embed_dim)
         out = F.linear(self.out_quantizer(out), self.out_weight_quantizer(self.out_proj.weight), self.out_proj.bias)
         if weights is not None:

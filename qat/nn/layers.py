@@ -67,10 +67,13 @@ class _QuantizeOperands(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in WEIGHTED_FUNCTIONS and len(args) >= 2 and args[1].shape == self.layer.weight.shape:
-            x, weight, *rest = args
-            args = (self.layer.input_quantizer(x), self.layer.weight_quantizer(weight), *rest)
-        return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if func in WEIGHTED_FUNCTIONS:
+            x, weight, *rest = (*args, *(kwargs.pop(name) for name in ("input", "weight")[len(args) :]))
+            if weight.shape == self.layer.weight.shape:
+                x, weight = self.layer.input_quantizer(x), self.layer.weight_quantizer(weight)
+            args = (x, weight, *rest)
+        return func(*args, **kwargs)
 
 
 class InterceptedLayer(QuantLayer):
@@ -126,9 +129,12 @@ def quant_class(float_class: Any) -> type[QuantLayer]:
         return _DIRECT[float_class]
     bases: tuple[type, ...] = (InterceptedLayer, float_class)
     for base in _DIRECT:
-        same_conv = base is nn.Linear or float_class._conv_forward is getattr(base, "_conv_forward", None)
-        if issubclass(float_class, base) and float_class.forward is base.forward and same_conv:
-            bases = (QuantLinear, float_class) if base is nn.Linear else (_QuantConv, float_class)
+        if not issubclass(float_class, base) or float_class.forward is not base.forward:
+            continue
+        if base is nn.Linear:
+            bases = (QuantLinear, float_class)
+        elif float_class._conv_forward is getattr(base, "_conv_forward", None):
+            bases = (_QuantConv, float_class)
     members = {"float_class": float_class, "__module__": __name__}
     return type(f"Quant{float_class.__name__}", bases, members)
 

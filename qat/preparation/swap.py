@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..nn.add import Add, QuantAdd
-from ..nn.attention import QuantAttention, projections, quant_attention_class
+from ..nn.attention import QuantAttention, allow_fused_path, keep_python_path, projections, quant_attention_class
 from ..nn.derive import Derived
 from ..nn.layers import CONVS, CONVS_TRANSPOSED, QuantLayer, make_weight_quantizer, quant_class
 from ..nn.pool import QuantPool, quant_pool_class
@@ -79,6 +79,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
         module = model.get_submodule(path)
         _retype(module, quant_pool_class(_class(module))).add_quantizers(quantizer((path, "input"), home))
     _rewrite(model, plan, quantizer, home)
+    keep_python_path(model)
     report = _report(model, plan)
     setattr(model, REPORT, report)
     return report
@@ -127,6 +128,7 @@ def undo(model: nn.Module) -> int:
         else:
             continue
         changed += 1
+    allow_fused_path(model)
     for module in model.modules():
         module.__dict__.pop(REPORT, None)
     return changed
