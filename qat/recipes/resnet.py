@@ -88,10 +88,15 @@ def run(settings: ResNetSettings, command: str, console: Console) -> int:
     agreed = True
     for seed in seeds:
         out = Path(settings.out) / f"seed{seed}" if len(seeds) > 1 else Path(settings.out)
-        results, metrics = run_seed(settings, data, seed, out, console)
         title = f"{settings.arch} on {data.name}, {data.image_size} px, seed {seed}, {data.sizes()['test']} test images"
-        metrics = {"command": command, "settings": settings.to_dict(), "seed": seed, **metrics}
-        _write_json(out / "metrics.json", metrics)
+        metrics = finished(out / "metrics.json", settings, seed) if len(seeds) > 1 else None
+        if metrics is None:
+            metrics = {"command": command, "settings": settings.to_dict(), "seed": seed}
+            metrics.update(run_seed(settings, data, seed, out, console))
+            _write_json(out / "metrics.json", metrics)
+        else:
+            console.print(f"seed {seed}: taken from {out / 'metrics.json'}", highlight=False)
+        results = {key: Result(**figures) for key, figures in metrics["results"].items()}
         draw(results, title, out / "results.png")
         console.print(make_table(results, title, "± standard error of the test set", balanced=balanced))
         runs.append(results)
@@ -114,13 +119,22 @@ def run(settings: ResNetSettings, command: str, console: Console) -> int:
     return 0 if agreed else 1
 
 
-def run_seed(
-    settings: ResNetSettings, data: ImageData, seed: int, out: Path, console: Console
-) -> tuple[dict[str, Result], dict[str, Any]]:
+def finished(path: Path, settings: ResNetSettings, seed: int) -> dict[str, Any] | None:
+    """What an earlier run of the same seed and settings measured, so that a series can go on where it stopped."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ignored = ("seed", "seeds", "out", "results_row")
+    ours, theirs = ({k: v for k, v in s.items() if k not in ignored} for s in (settings.to_dict(), found["settings"]))
+    return found if found["seed"] == seed and ours == theirs else None
+
+
+def run_seed(settings: ResNetSettings, data: ImageData, seed: int, out: Path, console: Console) -> dict[str, Any]:
     """Train, quantize, export, check and measure once; writes models into ``out``.
 
     Returns:
-        The rows of the table, and everything for ``metrics.json``.
+        What ``metrics.json`` holds: the rows of the table under ``results``, parity, data, versions.
     """
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -128,7 +142,7 @@ def run_seed(
     files, parities = export_all(models, data, out, console)
     results = measure(files, data, settings, console)
     val = {name: _val_accuracy(model, data, settings) for name, model in models.items()}
-    metrics = {
+    return {
         "results": {key: asdict(result) for key, result in results.items()},
         "validation_top1": val,
         "parity": parities,
@@ -136,7 +150,6 @@ def run_seed(
         "versions": versions(),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    return results, metrics
 
 
 def train_all(settings: ResNetSettings, data: ImageData, seed: int, out: Path, console: Console) -> dict[str, nn.Module]:
