@@ -144,7 +144,9 @@ def test_readers_of_one_tensor_share_one_pair(graph):
     assert sorted(node.op_type for node in graph.node if shared in node.input) == ["Add", "Conv"]
 
 
-def test_no_constant_is_unused(graph):
+@pytest.mark.parametrize("opset", [17, 19])
+def test_no_constant_is_unused(exported, opset):
+    graph = onnx.load(exported(opset=opset)).graph
     read = {name for node in graph.node for name in node.input}
     assert {tensor.name for tensor in graph.initializer} <= read
 

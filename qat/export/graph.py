@@ -101,7 +101,7 @@ def finish(model: onnx.ModelProto, weight_sites: set[str], *, int8_weights: bool
         renamed[call.y] = output
         sites.setdefault(call.site, []).append(name)
     _replace_nodes(graph, replaced, renamed)
-    _drop_unused(graph)
+    drop_unused(graph)
     for i, entry in reversed(list(enumerate(model.opset_import))):
         if entry.domain == DOMAIN:
             del model.opset_import[i]
@@ -170,7 +170,7 @@ def _replace_nodes(graph: onnx.GraphProto, replaced: Mapping[str, list[NodeProto
     graph.node.extend(nodes)
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
+def drop_unused(graph: onnx.GraphProto) -> None:
     """Remove nodes and constants that no output depends on."""
     needed = {value.name for value in graph.output}
     kept = []

@@ -95,6 +95,8 @@ def export_onnx(
         proto = graph.finish(raw, traced.weight_sites, int8_weights=int8_weights)
         if opset <= opsets.TENSORRT_8:
             opsets.downgrade(proto)
+            # Axes that became attributes.
+            graph.drop_unused(proto.graph)
         graph.set_metadata(proto, {"qat.fuse_adds": str(fuse_adds).lower()})
         _raise_on_findings(check_onnx(proto))
         _save(proto, scratch / target.name, external_data)
@@ -148,7 +150,6 @@ class _Dynamic:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> None:
         first = tensors((args, kwargs))[0]
         self.size = first.shape[0] if dynamic_batch and first.ndim else None
-        self.dim = torch.export.Dim("batch")
         self.args, self.kwargs = pytree.tree_map(self._at_least_two, (args, kwargs))
         self.shapes = None if self.size is None else pytree.tree_map(self._shape, (args, kwargs))
 
@@ -160,7 +161,8 @@ class _Dynamic:
         return torch.cat([leaf, leaf]) if self._is_batched(leaf) and self.size == 1 else leaf
 
     def _shape(self, leaf: Any) -> Any:
-        return {0: self.dim} if self._is_batched(leaf) else None
+        # Not a named Dim: that demands every size up to infinity, and CUDA kernels have limits such as 65535.
+        return {0: torch.export.Dim.DYNAMIC} if self._is_batched(leaf) else None
 
 
 def _to_onnx(

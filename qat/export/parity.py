@@ -76,9 +76,9 @@ def parity(
     nodes: dict[str, list[str]] = json.loads(metadata[SITES_KEY])
     _refuse_foreign(model, nodes)
     with _evaluating(model, fuse_adds=metadata.get("qat.fuse_adds") == "true"), torch.no_grad():
-        with _recorded(model, keep_inputs=segments, enabled=codes or segments) as calls:
+        with _recorded(model, keep_inputs=segments, enabled=codes or segments) as calls, _float32():
             output = run(model, args, kwargs, "inputs")
-        with _recorded(model, keep_inputs=False, enabled=codes) as other_calls, _other_kernels():
+        with _recorded(model, keep_inputs=False, enabled=codes) as other_calls, _float32(vendor_kernels=False):
             other = run(model, args, kwargs, "inputs")
     feeds = _feeds(proto, args, kwargs)
     names = [value.name for value in proto.graph.output]
@@ -164,12 +164,24 @@ def _evaluating(model: nn.Module, *, fuse_adds: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _other_kernels() -> Iterator[None]:
+def _float32(*, vendor_kernels: bool = True) -> Iterator[None]:
+    """Full float32, not TF32, as ONNX Runtime computes; without the oneDNN and cuDNN kernels if asked."""
+    precision = torch.get_float32_matmul_precision()
+    mkldnn, cudnn = torch.backends.mkldnn, torch.backends.cudnn
     with warnings.catch_warnings():
         # The switch also sets a TF32 flag, and warns where that flag means nothing.
         warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-            yield
+        with (
+            mkldnn.flags(enabled=vendor_kernels and mkldnn.is_available()),
+            cudnn.flags(enabled=vendor_kernels and cudnn.is_available(), allow_tf32=False),
+        ):
+            try:
+                if precision != "highest":
+                    torch.set_float32_matmul_precision("highest")
+                yield
+            finally:
+                if precision != "highest":
+                    torch.set_float32_matmul_precision(precision)
 
 
 def _refuse_foreign(model: nn.Module, nodes: Mapping[str, list[str]]) -> None:
@@ -239,6 +251,7 @@ def _run_onnx(
 ) -> dict[str, np.ndarray]:
     """All outputs, and the int8 tensors ``extra``, without any graph optimization."""
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     names = [value.name for value in proto.graph.output]
     source: Any = file
