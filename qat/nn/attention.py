@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import Any
 
 import torch
@@ -213,7 +214,8 @@ def projections(module: nn.MultiheadAttention | QuantAttention) -> dict[str, Ten
         names = {"in": "in_proj_weight"}
     else:
         names = {"query": "q_proj_weight", "key": "k_proj_weight", "value": "v_proj_weight"}
-    return {key: module.get_parameter(name) for key, name in {**names, "out": "out_proj.weight"}.items()}
+    # Not get_parameter: weight_norm, functional_call and FSDP put plain tensors in their place.
+    return {key: operator.attrgetter(name)(module) for key, name in {**names, "out": "out_proj.weight"}.items()}
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config import QuantConfig
@@ -60,7 +61,9 @@ def prepare(model: nn.Module, config: QuantConfig | None = None, *, example_inpu
         notice = "This model was prepared before: nothing was changed."
         warnings.warn(notice, stacklevel=2)
         return replace(existing, notice=notice)
-    plan = make_plan(model, config or QuantConfig(), example_inputs)
+    # Tracing runs what does not depend on the inputs, random numbers included: the caller's sequence stays as it was.
+    with torch.random.fork_rng(devices=[]):
+        plan = make_plan(model, config or QuantConfig(), example_inputs)
     return apply_plan(model, plan)
 
 

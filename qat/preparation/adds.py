@@ -15,6 +15,10 @@ from .source import Key
 from .trace import Trace, is_activation, located_add, located_pool
 
 IN_PLACE = ("+=", "add_")
+ITERATES = (
+    "its forward goes through its children, so none can be added for an addition or pooling in it: hold the layers in "
+    "an attribute, the addition in another (qat.nn.Add())"
+)
 _REMEDY = "if it is a residual addition, make it a module: qat.nn.Add()"
 
 
@@ -82,7 +86,13 @@ def find_adds(flow: Flow, quantized: set[str], run: Run | None = None) -> tuple[
                 continue
             operands = tuple(tuple(n.args[1:]) for n in residual)
             found.append(Located(trace.path, key, operands, trace, fusable_input(flow, trace, *operands[0])))
-    return found + list(_add_modules(flow)), left
+    for located in _add_modules(flow):
+        idle = flow.unreached(located.path)
+        if idle:
+            left.append(Left(located.path, "addition", idle))
+        else:
+            found.append(located)
+    return found, left
 
 
 def _observed(trace: Trace, keys: list[Key], quantized: set[str], run: Run) -> Iterator[Located]:

@@ -6,7 +6,6 @@ through: containers by their own trace, other leaves as functions of their input
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from ..nn.add import Add
 from ..nn.layers import WEIGHTED_FUNCTIONS, is_quantizable
 from ..nn.pool import AVERAGE_POOLS
 from .source import read_class
-from .trace import TRACE_ERRORS, Trace, data_inputs, is_constant, located_add, trace_module
+from .trace import TRACE_ERRORS, Trace, copy_alone, data_inputs, is_constant, located_add, trace_module
 
 
 class Untraceable(QATError):
@@ -80,6 +79,8 @@ class Flow:
         # A module without its own forward (ModuleList, ModuleDict) is never called.
         if path in self.weighted or not has_forward(module) or any(top in self.weighted for top in _above(path)):
             return False
+        if type(module) is Add or (isinstance(module, AVERAGE_POOLS) and path not in self._holders):
+            return False  # a site itself, whatever its forward calls
         if path in self._traced:
             return True
         # PyTorch's own leaves add nothing up; a user's may.
@@ -139,6 +140,8 @@ class Flow:
 
     def outputs(self, path: str) -> Origin:
         """The origin of what the module at ``path`` returns, in evaluation and training together."""
+        if path in self.weighted:
+            return Origin(layers={path})
         if path not in self._outputs:
             trace = self.traces.get(path)
             if trace is None or not trace.evaluated:
@@ -317,15 +320,16 @@ def _reads_parameter(graph: fx.Graph, relative: str) -> bool:
 
 
 def _probe() -> torch.Tensor:
-    return torch.linspace(-3.0, 3.0, 2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    # Tiny and large values of both signs, so that no activation passes for the identity.
+    return torch.linspace(-9.0, 9.0, 2 * 3 * 4 * 5).pow(7).reshape(2, 3, 4, 5)
 
 
 def _behaves_as_identity(module: nn.Module) -> bool:
     if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
         return False
     probe = _probe()
-    twin = copy.copy(module)
-    twin.__dict__ = dict(module.__dict__, training=False)
+    twin = copy_alone(module, type(module))
+    twin.training = False
     try:
         with torch.no_grad():
             out = type(twin).forward(twin, probe)

@@ -12,7 +12,7 @@ from ..config import QuantConfig, SiteConfig, matches
 from ..errors import QATError
 from ..nn.layers import QUANTIZABLE, is_conv_transposed
 from ..nn.pool import AVERAGE_POOLS
-from .adds import Located, find_adds, find_pools
+from .adds import ITERATES, Located, find_adds, find_pools
 from .check import check_layer
 from .flow import Flow
 from .head import find_head
@@ -20,6 +20,7 @@ from .report import Left
 from .run import Run, observe
 from .trace import Trace
 
+OWN_FORWARD = "its forward is set on the instance, so changing its class has no effect: define it in a class"
 Slot = tuple[str, str]  # module path, which input
 
 
@@ -117,6 +118,8 @@ def _place_layers(plan: Plan, flow: Flow) -> None:
             why = "classifier head"
         elif is_conv_transposed(module) and not plan.config.conv_transpose and site.quantize is None:
             why = "transposed convolution: TensorRT runs it in half precision; QuantConfig(conv_transpose=True) to include"
+        elif "forward" in module.__dict__:
+            why = OWN_FORWARD
         else:
             why = flow.unreached(path)
             if why and why.startswith("its weight is used"):
@@ -131,17 +134,16 @@ def _place_layers(plan: Plan, flow: Flow) -> None:
 
 def _place_pools(plan: Plan, flow: Flow) -> None:
     for path, module in flow.model.named_modules():
-        if isinstance(module, AVERAGE_POOLS):
+        if isinstance(module, AVERAGE_POOLS) and path not in flow.traces:
             why = "excluded by a rule" if plan.config.site(path).quantize is False else flow.unreached(path)
+            why = why or (OWN_FORWARD if "forward" in module.__dict__ else None)
             if why:
                 plan.left.append(Left(path, type(module).__name__, why))
             else:
                 plan.pools.append(path)
     for located, name in _named(flow, find_pools(flow), "quant_pool"):
         planned = PlannedExpression(located, name, (True,))
-        if plan.config.site(planned.path).quantize is False:
-            plan.left.append(Left(planned.path, "pooling", "excluded by a rule"))
-        else:
+        if not _is_left(plan, flow, planned, "pooling"):
             plan.pool_calls.append(planned)
 
 
@@ -153,10 +155,19 @@ def _place_adds(plan: Plan, flow: Flow, run: Run | None) -> None:
         if plan.config.add_inputs == "residual" and located.fusable is not None:
             inputs = (located.fusable != 0, located.fusable != 1)
         planned = PlannedExpression(located, name, inputs)
-        if plan.config.site(planned.path).quantize is False:
-            plan.left.append(Left(planned.path, "addition", "excluded by a rule"))
-        else:
+        if not _is_left(plan, flow, planned, "addition"):
             plan.adds.append(planned)
+
+
+def _is_left(plan: Plan, flow: Flow, planned: PlannedExpression, what: str) -> bool:
+    why = None
+    if plan.config.site(planned.path).quantize is False:
+        why = "excluded by a rule"
+    elif planned.located.key is not None and flow.traces[planned.located.path].source.iterates:
+        why = ITERATES
+    if why:
+        plan.left.append(Left(planned.path, what, why))
+    return why is not None
 
 
 def _named(flow: Flow, found: list[Located], stem: str) -> Iterator[tuple[Located, str]]:

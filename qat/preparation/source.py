@@ -32,6 +32,9 @@ POOL_FUNCTIONS = (
     F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d,
 )
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CHILDREN = {"children", "named_children", "_modules"}
+_OWN_ITEMS = {"", "items", "keys", "values"}
 _FUTURE_FLAGS = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 
 
@@ -54,13 +57,18 @@ class Key:
 
 @dataclass
 class Method:
-    """A method reachable from ``forward`` whose source can be read."""
+    """A method reachable from ``forward`` whose source can be read.
+
+    Attributes:
+        reads: Attributes of ``self`` that it mentions; ``""`` if it uses ``self`` itself.
+    """
 
     owner: int
     name: str
     function: FunctionType
     tree: ast.FunctionDef
     keys: list[Key] = field(default_factory=list)
+    reads: set[str] = field(default_factory=set)
     supers: set[tuple[int, str]] = field(default_factory=set)
 
 
@@ -81,6 +89,12 @@ class ClassSource:
     def keys(self) -> list[Key]:
         """All expressions, in a fixed order."""
         return [key for method in self.methods.values() for key in method.keys]
+
+    @property
+    def iterates(self) -> bool:
+        """Whether the forward goes through all children, so that a further child would change what it computes."""
+        reads = set().union(*(method.reads for method in self.methods.values()))
+        return bool(reads & _CHILDREN) or (issubclass(self.cls, _CONTAINERS) and bool(reads & _OWN_ITEMS))
 
 
 def read_class(cls: type[nn.Module]) -> ClassSource:
@@ -209,15 +223,22 @@ class _Scan(_Visitor):
         self.method.keys.append(key)
         return node
 
+    def visit_Name(self, node: ast.Name) -> Any:
+        if node.id == self.me:
+            self.method.reads.add("")
+        return node
+
     def visit_Attribute(self, node: ast.Attribute) -> Any:
+        if isinstance(node.value, ast.Name) and node.value.id == self.me:
+            self.method.reads.add(node.attr)
+            self.reached.append(_lookup(self.cls, node.attr, 0))
+            return node
         self.generic_visit(node)
         if _is_super(node.value):
             at = _lookup(self.cls, node.attr, self.method.owner + 1)
             if at is not None:
                 self.method.supers.add(at)
                 self.reached.append(at)
-        elif isinstance(node.value, ast.Name) and node.value.id == self.me:
-            self.reached.append(_lookup(self.cls, node.attr, 0))
         return node
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import SiteConfig
 from ..nn.add import Add, QuantAdd
 from ..nn.attention import QuantAttention, allow_fused_path, keep_python_path, projections, quant_attention_class
 from ..nn.derive import Derived
@@ -59,20 +60,25 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
             made[top] = Quantizer(site.activation_format, learned=site.learn_scales, device=device)
         return made[top]
 
-    weights: dict[tuple[int, Any], WeightQuantizer] = {}
+    weights: dict[Any, WeightQuantizer] = {}
+
+    def weight_quantizer(weight: torch.Tensor, site: SiteConfig, *, per_channel: bool = True) -> WeightQuantizer:
+        new = make_weight_quantizer(weight, site, per_channel=per_channel)
+        # Modules that share a weight share its quantizer, unless they need different ones.
+        return weights.setdefault((id(weight), new.fmt, new.axis, new.follow, new.learned), new)
+
     for path, site in plan.layers.items():
         module = model.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
             tensors = projections(module)
             device = module.out_proj.weight.device
             inputs = {what: quantizer((path, what), device) for what in ("query", "key", "value", "out")}
-            own = {key: weights.setdefault((id(w), site), make_weight_quantizer(w, site)) for key, w in tensors.items()}
+            own = {key: weight_quantizer(w, site) for key, w in tensors.items()}
             _retype(module, quant_attention_class(_class(module))).add_quantizers(inputs, own)
         else:
             weight = module.get_parameter("weight")
             per_channel = not isinstance(module, CONVS_TRANSPOSED)
-            new = make_weight_quantizer(weight, site, per_channel=per_channel)
-            weight_site = weights.setdefault((id(weight), site), new)
+            weight_site = weight_quantizer(weight, site, per_channel=per_channel)
             input_site = quantizer((path, "input"), weight.device)
             _retype(module, quant_class(_class(module))).add_quantizers(input_site, weight_site)
     for path in plan.pools:
@@ -80,6 +86,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
         _retype(module, quant_pool_class(_class(module))).add_quantizers(quantizer((path, "input"), home))
     _rewrite(model, plan, quantizer, home)
     keep_python_path(model)
+    for module in list(model.modules()):
+        for child in module.children():
+            if isinstance(child, Quantizer | QuantAdd):
+                child.train(module.training)
     report = _report(model, plan)
     setattr(model, REPORT, report)
     return report
@@ -101,7 +111,6 @@ def _rewrite(model: nn.Module, plan: Plan, quantizer: Any, home: torch.device) -
         names = tuple((item.located.key, item.name) for item, _ in items if item.located.key is not None)
         _retype(module, rewritten_class(_class(module), names))
         for item, child in items:
-            child.train(module.training)
             module.add_module(item.name, child)
 
 

@@ -103,7 +103,7 @@ def trace_module(path: str, module: nn.Module) -> Trace:
     cls = derive_class(source, names, (), members)
     graphs, failure = [], ""
     for training in (False, True):
-        twin = _twin(module, cls)
+        twin = copy_alone(module, cls)
         twin.training = training
         try:
             graphs.append(_LeafTracer().trace(twin, concrete_args=_defaults(cls)))
@@ -123,7 +123,7 @@ def _defaults(cls: type[nn.Module]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-def _twin(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+def copy_alone(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """A copy of ``module`` alone: side effects of tracing stay in its own attributes; tensors and children are shared."""
     twin = cls.__new__(cls)
     memo: dict[int, Any] = {id(module): twin}
