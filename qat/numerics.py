@@ -91,7 +91,11 @@ def quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: Format =
         tensor([   0.,    2., -128.])
     """
     # Divide, do not multiply by 1 / scale: ONNX divides, and the two differ at ties.
-    return (x.to(torch.float32) / _view(scale, x, axis)).round_().clamp_(fmt.qmin, fmt.qmax)
+    ratio = x.to(torch.float32) / _view(scale, x, axis)
+    # Compiled code fuses these anyway, and torch 2.11 compiles a function with in-place steps to one without gradients.
+    if torch.compiler.is_compiling():
+        return ratio.round().clamp(fmt.qmin, fmt.qmax)
+    return ratio.round_().clamp_(fmt.qmin, fmt.qmax)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -101,7 +105,10 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, axis: int | None, fmt: Format, factor: float) -> Tensor:
-        return quantize(x, scale, axis=axis, fmt=fmt).mul_(_view(scale, x, axis)).to(x.dtype)
+        code, step = quantize(x, scale, axis=axis, fmt=fmt), _view(scale, x, axis)
+        value = code * step if torch.compiler.is_compiling() else code.mul_(step)
+        # Not ``to`` where it would return the tensor itself: torch 2.11 loses the gradient of such a result, too.
+        return value if x.dtype == torch.float32 else value.to(x.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -407,6 +407,15 @@ def test_range_gradient_is_zero_at_the_floor():
 # Compilers and transforms.
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_gradient_reaches_the_input(dtype):
+    """Some releases of the compiler drop the gradient of a result that is an alias or was made in place."""
+    x = torch.tensor([-200.0, -3.0, 0.4, 2.0, 200.0], dtype=dtype, requires_grad=True)
+    compiled = torch.compile(lambda t: fake_quantize(t, torch.tensor(1.0)), fullgraph=True, backend="aot_eager")
+    compiled(x).sum().backward()
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
+
+
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("axis", [None, 1])
