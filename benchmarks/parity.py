@@ -62,7 +62,7 @@ def main() -> None:
         print(f"seed {seed}: " + ", ".join(f"{key} {values[-1]:.2f}" for key, values in rows.items()), flush=True)
     better = sum(a >= b for a, b in zip(rows["onnx codes"], rows["drift codes"], strict=True))
     text = (
-        f"\n{args.arch}{', fused Adds' if args.fuse_adds else ''}, random weights, {args.batch} random images of {args.size} px, "
+        f"\n{args.arch}{', fused Adds' if args.fuse_adds else ''}, random weights, {args.batch} images of {args.size} px, "
         f"{args.seeds} seeds; torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {platform.machine()}; "
         "median (smallest to largest)\n\n"
         "| against PyTorch | logits SQNR dB | equal codes % |\n|---|---|---|\n"
