@@ -79,7 +79,9 @@ class QuantConfig:
         activation_format: ``"int8"``.
         weight_granularity: ``"channel"``: one scale an output channel (axis 0); ``"tensor"``: one scale a weight.
         weight_range: ``"follow"``: the range is the maximum of the current weight; ``"frozen"``: as calibrated.
-        learn_scales: Train the ranges by the LSQ gradient, weights and activations.
+        learn_scales: Train the ranges by the LSQ gradient, weights and activations. The parameter is ``amax``, which is
+            ``qmax`` times the scale: for the relative steps that a published learning rate gives a scale, give ``amax``
+            ``qmax`` times that rate with Adam and ``qmax ** 2`` times with SGD.
         add_inputs: Residual Adds: ``"both"`` inputs, only the ``"residual"`` one (the other fuses into its
             convolution), or ``"none"``.
         pool_inputs: Quantize what average pooling reads.
