@@ -8,7 +8,7 @@ fashion-mnist    ``fashion-mnist.npz`` in the data folder, Debian's dataset-fash
                  or torchvision's download                                                   test set of 10,000
 cifar10          torchvision's download                                                      45,000 / 5,000 / the published
                                                                                              test set of 10,000
-elpv             ``elpv-<size>.npz`` in the data folder, or the package elpv-dataset; a      1,772 / 198 / 654, by defect
+elpv             ``elpv-<size>.npz`` in the data folder, or the package elpv-dataset; a      1,773 / 197 / 654, by defect
                  cell is defective if its defect probability is at least one half            probability and cell type
 imagenette       torchvision's download (160 px)                                             95 % / 5 % of ``train`` / ``val``
 imagefolder      ``train/<class>/*`` and ``val/<class>/*`` in the data folder (ImageNet's    98 % / 2 % of ``train`` / ``val``

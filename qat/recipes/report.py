@@ -94,10 +94,10 @@ def parity_table(found: Mapping[str, Mapping[str, Any]], images: int) -> Table:
     title = f"PyTorch and ONNX Runtime on {images} images (drift: PyTorch with and without oneDNN or cuDNN)"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("file")
-    for column in ("top-1 equal", "logits max diff", "drift", "codes equal", "drift"):
+    for column in ("top-1 equal", "drift", "logits max diff", "drift", "codes equal", "drift"):
         table.add_column(column, justify="right")
     for name, figures in found.items():
-        cells = [f"{figures['top1_agreement']:.2%}"]
+        cells = [f"{figures[key]:.2%}" if key in figures else "-" for key in ("top1_agreement", "drift_top1_agreement")]
         cells += [f"{figures[key]:.2g}" if key in figures else "-" for key in ("max_abs", "drift_max_abs")]
         cells += [f"{figures[key]:.4%}" if key in figures else "-" for key in ("codes_equal", "drift_codes_equal")]
         table.add_row(name, *cells)
