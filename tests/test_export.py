@@ -491,3 +491,36 @@ def test_fixed_batch_is_told(tmp_path):
 def test_types_of_the_graph_are_float(graph):
     kinds = {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
     assert kinds == {TensorProto.FLOAT}
+
+
+class Means(nn.Module):
+    """A quantized global pooling beside means that are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.pool, self.rows = nn.AdaptiveAvgPool2d(1), nn.AvgPool2d(2)
+
+    def forward(self, x):
+        y = self.other(self.conv(x))
+        return self.pool(y), y.mean(1, keepdim=True), self.rows(y), y.mean((2, 3))
+
+
+@pytest.mark.parametrize("opset", [17, 19])
+def test_quantized_global_mean_is_a_pooling_and_other_means_stay(opset, tmp_path):
+    model = Means().eval()
+    qat.prepare(model, qat.QuantConfig(head=()))
+    qat.calibrate(model, [images(2)], method="max", progress=False)
+    path = qat.export_onnx(model, tmp_path / "means.onnx", images(2), opset=opset)
+    graph = onnx.load(path).graph
+    producer = {output: node.op_type for node in graph.node for output in node.output}
+    pools = [node for node in graph.node if node.op_type == "GlobalAveragePool"]
+    assert [producer[node.input[0]] for node in pools] == ["DequantizeLinear"]
+    assert ops(graph)["ReduceMean"] == 2  # over channels; over the image, dropping the axes
+    session = onnxruntime.InferenceSession(path)
+    actual = session.run(None, {session.get_inputs()[0].name: images(2).numpy()})
+    with torch.no_grad():
+        expected = model(images(2))
+    # The runtimes may put a value on a tie to different sides; at this width that is at most one code, in a mean of 36.
+    tolerance = 2 * model.pool.input_quantizer.scale.item() / 36
+    np.testing.assert_allclose(actual[0], expected[0].numpy(), atol=tolerance)

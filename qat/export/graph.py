@@ -72,6 +72,7 @@ def finish(model: onnx.ModelProto, weight_sites: set[str], *, int8_weights: bool
         QATError: For a weight that is computed from the model's inputs.
     """
     graph = model.graph
+    _pool_quantized_means(graph)
     _strip(model)
     _name_nodes(graph.node)
     _fold_weights(model, weight_sites)
@@ -247,6 +248,27 @@ def _evaluate(
     imports = [entry for entry in model.opset_import if entry.domain != DOMAIN]
     values: Any = ReferenceEvaluator(helper.make_model(part, opset_imports=imports)).run(None, {})
     return numpy_helper.from_array(np.ascontiguousarray(values[0], dtype=np.float32), name)
+
+
+def _pool_quantized_means(graph: onnx.GraphProto) -> None:
+    """Write a quantized mean over all spatial axes as the pooling it is, in place.
+
+    torch's exporter turns global average pooling into ReduceMean. TensorRT lists average pooling among the operators that it
+    runs in INT8 between DQ and Q, not reductions.
+    """
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    constants = _constants(graph)
+    quantized = {node.output[0] for node in graph.node if node.domain == DOMAIN}
+    for node in graph.node:
+        if node.op_type != "ReduceMean" or node.input[0] not in quantized or len(node.input) < 2:
+            continue
+        rank, axes = ranks.get(node.input[0], 0), constants.get(node.input[1])
+        kept = next((helper.get_attribute_value(a) for a in node.attribute if a.name == "keepdims"), 1)
+        if kept and rank > 2 and axes is not None:
+            if {int(axis) % rank for axis in numpy_helper.to_array(axes)} == set(range(2, rank)):
+                node.op_type = "GlobalAveragePool"
+                del node.input[1:]
+                del node.attribute[:]
 
 
 def _strip(model: onnx.ModelProto) -> None:
