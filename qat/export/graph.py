@@ -264,11 +264,12 @@ def _pool_quantized_means(graph: onnx.GraphProto) -> None:
             continue
         rank, axes = ranks.get(node.input[0], 0), constants.get(node.input[1])
         kept = next((helper.get_attribute_value(a) for a in node.attribute if a.name == "keepdims"), 1)
-        if kept and rank > 2 and axes is not None:
-            if {int(axis) % rank for axis in numpy_helper.to_array(axes)} == set(range(2, rank)):
-                node.op_type = "GlobalAveragePool"
-                del node.input[1:]
-                del node.attribute[:]
+        if not kept or rank <= 2 or axes is None:
+            continue
+        if {int(axis) % rank for axis in numpy_helper.to_array(axes)} == set(range(2, rank)):
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:]
+            del node.attribute[:]
 
 
 def _strip(model: onnx.ModelProto) -> None:

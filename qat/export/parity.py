@@ -61,8 +61,13 @@ def parity(
         QATError: If the file does not fit the model or the inputs.
 
     Example:
-        >>> report = parity(model, "model.onnx", images)  # doctest: +SKIP
-        >>> report.top1  # doctest: +SKIP
+        >>> import tempfile, qat
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)).eval()
+        >>> images = torch.ones(2, 3, 8, 8)
+        >>> _ = qat.prepare(model), qat.calibrate(model, [images], progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = parity(model, qat.export_onnx(model, f"{folder}/model.onnx", images), images)
+        >>> report.top1
         1.0
     """
     file = os.fspath(path)
