@@ -2,8 +2,8 @@
 
 The codes of a deep quantized network are chaotic: a value that lies on a tie falls to one side or the other with the last bit
 of a convolution, and what follows grows. One comparison is one draw, so this makes several: for each seed a network with
-random weights and random images, exported and run by ONNX Runtime, and the same network in PyTorch with oneDNN switched off,
-both against PyTorch as it is.
+random weights and random images, exported and run by ONNX Runtime, and the same network in PyTorch without oneDNN and in
+channels-last, both against PyTorch as it is.
 
     python benchmarks/parity.py [--arch resnet50] [--size 224] [--batch 2] [--seeds 8] [--fuse-adds] [--out FILE]
 """
@@ -67,7 +67,7 @@ def main() -> None:
         "median (smallest to largest)\n\n"
         "| against PyTorch | logits SQNR dB | equal codes % |\n|---|---|---|\n"
         f"| ONNX Runtime | {spread(rows['onnx'])} | {spread(rows['onnx codes'])} |\n"
-        f"| PyTorch without oneDNN | {spread(rows['drift'])} | {spread(rows['drift codes'])} |\n"
+        f"| PyTorch with other kernels | {spread(rows['drift'])} | {spread(rows['drift codes'])} |\n"
         f"\nONNX Runtime's codes agree at least as well as PyTorch's own in {better} of {args.seeds} comparisons.\n"
         f"Segment by segment (each fed PyTorch's own input): exact in {sum(segments)} of {len(segments)} comparisons.\n"
     )

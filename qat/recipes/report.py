@@ -91,7 +91,7 @@ def parity_table(found: Mapping[str, Mapping[str, Any]], images: int) -> Table:
         found: Figures by file name; those that a float model has not are missing.
         images: How many images were compared.
     """
-    title = f"PyTorch and ONNX Runtime on {images} images (drift: PyTorch with and without oneDNN or cuDNN)"
+    title = f"PyTorch and ONNX Runtime on {images} images (drift: PyTorch itself with other kernels)"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("file")
     for column in ("top-1 equal", "drift", "logits max diff", "drift", "codes equal", "drift"):
