@@ -85,7 +85,8 @@ def parity(
         with _recorded(model, keep_inputs=segments, enabled=codes or segments) as calls, _float32():
             output = run(model, args, kwargs, "inputs")
         with _recorded(model, keep_inputs=False, enabled=codes) as other_calls, _float32(vendor_kernels=False):
-            other = run(model, *pytree.tree_map(_other_layout, (args, kwargs)), "inputs")
+            other_args, other_kwargs = pytree.tree_map(_other_layout, (args, kwargs))
+            other = run(model, other_args, other_kwargs, "inputs")
     feeds = _feeds(proto, args, kwargs)
     names = [value.name for value in proto.graph.output]
     pairs = _match(calls, nodes)

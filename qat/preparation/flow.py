@@ -380,6 +380,3 @@ def _is_number(node: fx.Node) -> bool:
 def _is_item(node: fx.Node) -> bool:
     """Taking one element of a tuple output, as attention's."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[1], int)
-
-
-__all__ = ["Flow", "Origin", "Untraceable", "has_forward", "is_weighted", "located_add"]

@@ -12,7 +12,7 @@ from ..config import SiteConfig
 from ..nn.add import Add, QuantAdd
 from ..nn.attention import QuantAttention, allow_fused_path, keep_python_path, projections, quant_attention_class
 from ..nn.derive import Derived
-from ..nn.layers import CONVS, CONVS_TRANSPOSED, QuantLayer, make_weight_quantizer, quant_class
+from ..nn.layers import CONVS, CONVS_TRANSPOSED, make_weight_quantizer, quant_class
 from ..nn.pool import QuantPool, quant_pool_class
 from ..quantizer import Quantizer, WeightQuantizer
 from .plan import Plan, PlannedExpression, Slot
@@ -174,6 +174,3 @@ def _kind(module: nn.Module) -> str:
     if isinstance(module, QuantAttention):
         return "attention"
     return "conv" if isinstance(module, CONVS + CONVS_TRANSPOSED) else "linear"
-
-
-__all__ = ["QuantLayer", "apply_plan", "undo"]
