@@ -1,4 +1,7 @@
-"""The models that must work unmodified, with counts taken from their published architectures.
+"""The models that must work unmodified, with the counts of their sites.
+
+Where a comment derives a count from the paper, that is its source. The conv counts of inception_v3 and timm_mobilenetv4 and
+the Add counts of the EfficientNets and MobileNets were read off a run and are backed by the hooks and the dispatcher alone.
 
 ``conv``, ``linear`` and ``attention`` count the layers that get sites, ``add`` the residual Adds, ``head`` names the
 classifier layers. The tests compare them with two independent counts: hooks on every layer, and additions seen by PyTorch's
@@ -92,7 +95,7 @@ ZOO = {
     "googlenet": Expected(
         tv("googlenet", init_weights=False), 3 + 9 * 6, 0, 0, 0, ("aux1.fc2", "aux2.fc2", "fc"), idle=6, ci="auxiliary heads"
     ),
-    # Szegedy et al. 2016: 94 convs; the auxiliary head has two convs and a linear layer.
+    # 94 convs counted by hooks, not derived from Szegedy et al. 2016; the auxiliary head has two convs and a linear layer.
     "inception_v3": Expected(tv("inception_v3", init_weights=False), 94, 0, 0, 0, ("AuxLogits.fc", "fc"), size=299, idle=3),
     # Ma et al. 2018: 13 stride-1 units of 3 convs, 3 of stride 2 with 5; stem and last conv.
     "shufflenet_v2": Expected(tv("shufflenet_v2_x1_0"), 2 + 13 * 3 + 3 * 5, 0, 0, 0, ("fc",)),
@@ -169,6 +172,6 @@ ZOO = {
     "timm_convnext_tiny": Expected(timm_model("convnext_tiny"), 18 + 4, 36, 0, 18, ("head.fc",)),
     # Two linear layers for attention (packed qkv, projection) and two for the MLP in each of 12 blocks.
     "timm_vit_tiny": Expected(timm_model("vit_tiny_patch16_224"), 1, 48, 0, 24, ("head",)),
-    # Qin et al. 2024, table 11: stem, 2+2 convs, 12 universal inverted bottlenecks, last convs.
+    # Counted by hooks, not derived from Qin et al. 2024.
     "timm_mobilenetv4": Expected(timm_model("mobilenetv4_conv_small"), 46, 0, 0, 10, ("classifier",)),
 }
