@@ -47,7 +47,7 @@ def accuracy(predicted: NDArray[Any], labels: NDArray[Any]) -> Accuracy:
 
 
 def open_session(path: str | Path, *, as_written: bool = False) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU.
+    """An ONNX Runtime session on the CPU, with as many threads as PyTorch uses.
 
     Args:
         path: The ONNX file.
@@ -56,6 +56,8 @@ def open_session(path: str | Path, *, as_written: bool = False) -> onnxruntime.I
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # OMP_NUM_THREADS and the processes beside this one then count for both runtimes.
+    options.intra_op_num_threads = torch.get_num_threads()
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
