@@ -90,12 +90,39 @@ def quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: Format =
         >>> quantize(torch.tensor([0.25, 0.75, -99.0]), torch.tensor(0.5))
         tensor([   0.,    2., -128.])
     """
+    wide, step = x.to(torch.float32), _view(scale, x, axis)
     # Divide, do not multiply by 1 / scale: ONNX divides, and the two differ at ties.
-    ratio = x.to(torch.float32) / _view(scale, x, axis)
+    ratio = wide / step
     # Compiled code fuses these anyway, and torch 2.11 compiles a function with in-place steps to one without gradients.
     if torch.compiler.is_compiling():
-        return ratio.round().clamp(fmt.qmin, fmt.qmax)
+        return round_quotient(wide, step, ratio, fmt).clamp(fmt.qmin, fmt.qmax)
     return ratio.round_().clamp_(fmt.qmin, fmt.qmax)
+
+
+def round_quotient(x: Tensor, scale: Tensor, ratio: Tensor, fmt: Format) -> Tensor:
+    """``round(x / scale)`` of the correctly rounded quotient, from one that is a few units in the last place off.
+
+    Compilers for GPUs divide approximately (``div.full.f32``: 2 units), which moves codes near ties. Here the remainder
+    ``x - h * scale`` at the tie ``h`` next to ``ratio`` decides. It is exact in float32: ``h`` has 9 significant bits, and
+    ``scale`` is split into halves of 12 bits (Dekker 1971), so each product fits into 24, with or without fused
+    multiply-add.
+
+    Args:
+        x: float32, any shape.
+        scale: float32, at least ``SCALE_MIN``, broadcasts against ``x``.
+        ratio: About ``x / scale``, shape of ``x``.
+        fmt: Number format.
+
+    Returns:
+        Shape of ``x``, float32, right within ``[fmt.qmin, fmt.qmax]`` and beyond these limits outside of them.
+    """
+    tie = ratio.clamp(fmt.qmin - 1, fmt.qmax + 1).floor() + 0.5
+    high = (scale.view(torch.int32) & ~0xFFF).view(torch.float32)
+    rest = (x - tie * high) - tie * (scale - high)
+    # A quotient nearer to the tie than half a unit in its last place rounds to the tie itself, and that to even.
+    exponent = (tie.view(torch.int32) & 0x7F800000).view(torch.float32)
+    near = scale * exponent * 2.0**-24
+    return (tie + torch.where(rest > near, 0.25, torch.where(rest < -near, -0.25, 0.0))).round()
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -118,8 +145,9 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, scale = ctx.saved_tensors
-        ratio = x.to(torch.float32) / _view(scale, x, ctx.axis)
-        code = ratio.round()
+        wide, step = x.to(torch.float32), _view(scale, x, ctx.axis)
+        ratio = wide / step
+        code = round_quotient(wide, step, ratio, ctx.fmt) if torch.compiler.is_compiling() else ratio.round()
         inside = (code >= ctx.fmt.qmin) & (code <= ctx.fmt.qmax)
         grad_x = torch.where(inside, grad, 0) if ctx.needs_input_grad[0] else None
         grad_scale = None

@@ -43,7 +43,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class OutputParity:
-    """One output: ONNX Runtime against PyTorch, and PyTorch against itself with other kernels."""
+    """One output: ONNX Runtime against PyTorch, and PyTorch against itself, summing in another order."""
 
     name: str
     onnx: Difference
@@ -60,7 +60,7 @@ class SiteParity:
         elements: How many codes.
         equal: Share of equal codes, ONNX Runtime against PyTorch.
         max_difference: Largest difference of codes.
-        drift_equal: Share of equal codes, PyTorch against itself with other kernels.
+        drift_equal: Share of equal codes, PyTorch against itself, summing in another order.
     """
 
     site: str
@@ -122,11 +122,11 @@ class ParityReport:
 
     @property
     def drift_codes_equal(self) -> float | None:
-        """Share of equal codes over all sites, PyTorch against itself with other kernels."""
+        """Share of equal codes over all sites, PyTorch against itself, summing in another order."""
         return _share([(s.elements, s.drift_equal) for s in self.sites])
 
     def within_drift(self, slack: float = 6.0) -> bool:
-        """Whether ONNX Runtime is no farther from PyTorch than PyTorch with other kernels is.
+        """Whether ONNX Runtime is no farther from PyTorch than PyTorch is from itself, summing in another order.
 
         Args:
             slack: Tolerated difference of the two SQNRs in dB. Both are single draws of the same chaotic process: which
@@ -158,7 +158,7 @@ class ParityReport:
         return capture.get()
 
     def _output_table(self) -> Table:
-        table = Table(title="ONNX Runtime against PyTorch, and PyTorch's own drift with other kernels", title_justify="left")
+        table = Table(title="ONNX Runtime against PyTorch, and PyTorch's own drift (other order of sums)", title_justify="left")
         for column in ("output", "compared", "max abs", "max rel", "SQNR dB", "top-1 equal"):
             table.add_column(column, justify="left" if column in ("output", "compared") else "right")
         for output in self.outputs:

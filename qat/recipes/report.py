@@ -85,13 +85,13 @@ def make_table(results: Mapping[str, Result], title: str, caption: str, *, balan
 
 
 def parity_table(found: Mapping[str, Mapping[str, Any]], images: int) -> Table:
-    """How far each file is from PyTorch, next to PyTorch's own drift with other kernels.
+    """How far each file is from PyTorch, next to PyTorch's own drift.
 
     Args:
         found: Figures by file name; those that a float model has not are missing.
         images: How many images were compared.
     """
-    title = f"PyTorch and ONNX Runtime on {images} images (drift: PyTorch itself with other kernels)"
+    title = f"PyTorch and ONNX Runtime on {images} images (drift: PyTorch itself, summing in another order)"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("file")
     for column in ("top-1 equal", "drift", "logits max diff", "drift", "codes equal", "drift"):

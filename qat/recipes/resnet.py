@@ -115,7 +115,7 @@ def run(settings: ResNetSettings, command: str, console: Console) -> int:
     if not agreed:
         console.print(
             f"[red]PyTorch and ONNX Runtime disagree about some of {PARITY_IMAGES} images: see the parity "
-            "table. As many as between PyTorch's own kernels (drift) are images on the border of two classes[/red]"
+            "table. As many as PyTorch's own drift shows are images on the border of two classes[/red]"
         )
     return 0 if agreed else 1
 
