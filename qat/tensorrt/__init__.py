@@ -1,0 +1,21 @@
+"""From ONNX to an INT8 engine on TensorRT 8.6, 10, 11 and TensorRT-RTX: build, run, save, load.
+
+Needs the runtime, NumPy and, to run engines, polygraphy; PyTorch and ONNX are used where they are there, never required.
+"""
+
+from .build import build
+from .engine import Engine, ExecutionContext, TensorInfo, load
+from .log import BuildLog, Record
+from .runtime import Runtime, find_runtime
+
+__all__ = [
+    "build",
+    "load",
+    "find_runtime",
+    "BuildLog",
+    "Engine",
+    "ExecutionContext",
+    "Record",
+    "Runtime",
+    "TensorInfo",
+]

@@ -1,0 +1,478 @@
+"""From an ONNX graph to an engine, with one signature on TensorRT 8.6, 10, 11 and TensorRT-RTX."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import QATError
+from .context import TensorInfo, dtype_of
+from .engine import Engine
+from .files import write_whole
+from .log import BuildLog, Record, make_logger
+from .progress import Display, Interruption, make_monitor
+from .runtime import Runtime, as_runtime
+
+Shape = Sequence[int]
+_HALF, _BF16 = "float16", "bfloat16"
+
+
+def build(
+    onnx: str | os.PathLike[str] | bytes,
+    *,
+    fp16: bool | None = None,
+    bf16: bool | None = None,
+    int8: bool | None = None,
+    tf32: bool = True,
+    strongly_typed: bool | None = None,
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]] | None = None,
+    batch: int | tuple[int, int, int] = (1, 8, 32),
+    workspace: int | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
+    optimization_level: int | None = None,
+    hardware_compatibility: str | None = None,
+    version_compatible: bool = False,
+    targets: Sequence[str] = ("SM86",),
+    tactic_sources: Sequence[str] | None = None,
+    calibrator: Any = None,
+    outputs: Sequence[str] = (),
+    fp32_layers: Sequence[str] = (),
+    progress: bool = False,
+    check: bool = True,
+    runtime: Runtime | str | None = None,
+    verbose_log: bool = True,
+) -> Engine:
+    """Build an engine with the TensorRT that is installed.
+
+    Precision: where typing is weak (8.6, and 10 with a float32 graph) ``fp16``, ``bf16`` and ``int8`` are builder flags.
+    Where it is strong (11, TensorRT-RTX, 10 with a graph that holds FP16 or BF16) the engine computes in the graph's types,
+    and a flag that asks for another type than those is an error.
+
+    Args:
+        onnx: File (external data beside it is found), or the graph's bytes.
+        fp16: FP16 kernels where they are faster. Default: yes where typing is weak.
+        bf16: BF16 kernels where they are faster. Default: no.
+        int8: INT8 kernels. Default: if the graph holds Q/DQ or a calibrator is given.
+        tf32: Whether float32 convolutions and products may round their inputs to TF32.
+        strongly_typed: Whether types are the graph's. Default: where the runtime knows no other way, or the graph holds
+            FP16 or BF16 and the runtime can.
+        shapes: Smallest, most frequent and largest shape by input name. Default: everything fixed but an open first
+            dimension, see ``batch``.
+        batch: Smallest, most frequent and largest size of an open first dimension; one number for all three.
+        workspace: Largest scratch memory of a kernel, bytes. Default: all of the GPU's.
+        timing_cache: File of measured tactics, read if it is there and written after the build. TensorRT-RTX measures
+            nothing and has none: a warning says so.
+        optimization_level: 0 (fast build) to 5 (fast engine). Default: the library's (3).
+        hardware_compatibility: Level such as ``"ampere_plus"``: the engine runs on other GPUs too. Not for TensorRT-RTX.
+        version_compatible: The engine loads in later minor versions too.
+        targets: TensorRT-RTX: compute capabilities to compile for. With several, its log describes one of them.
+            No other runtime has a choice: they build for the GPU that is there.
+        tactic_sources: Names of the libraries that tactics may come from, such as ``("JIT_CONVOLUTIONS",)``. Default: the
+            library's choice.
+        calibrator: For a graph without Q/DQ, up to TensorRT 10: see :mod:`qat.tensorrt.calibrators`.
+        outputs: Names of ONNX tensors to return besides the graph's outputs.
+        fp32_layers: Names of ONNX nodes to keep in float32; weak typing only.
+        progress: Show the build's progress, where the version reports it.
+        check: First look for what TensorRT would refuse (needs onnx; see :func:`qat.export.check_onnx`).
+        runtime: ``"tensorrt"`` or ``"tensorrt_rtx"``. Default: the one installed, TensorRT first.
+        verbose_log: Keep VERBOSE records, which :func:`qat.tensorrt.inspect` needs.
+
+    Returns:
+        The engine, not yet deserialized.
+
+    Raises:
+        QATError: If an argument does not fit the graph or the version, or TensorRT refuses the graph or fails; the message
+            quotes TensorRT.
+        KeyboardInterrupt: After Ctrl-C, once TensorRT has stopped: at once where it reports progress (10 and later), at the
+            end of the build before. Nothing is written then.
+    """
+    runtime = as_runtime(runtime)
+    trt: Any = runtime.module
+    source = _source(onnx)
+    if check:
+        _check_graph(source)
+    log = BuildLog()
+    parsed = _parse(runtime, source, log, make_logger(trt, log, verbose=verbose_log), strongly_typed)
+    network = parsed.network
+    types = _Types.of(trt, network)
+    profiles = _profiles(network, shapes or {}, batch)
+    for name in outputs:
+        _mark(network, name)
+    config = parsed.builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it, neither log nor inspector name tensors
+    profile = _add_profile(trt, parsed.builder, config, network, profiles, log)
+    _set_flag(config, trt.BuilderFlag.TF32, tf32)
+    _set_precisions(runtime, config, parsed.strong, types, fp16=fp16, bf16=bf16, int8=int8, calibrator=calibrator)
+    if fp32_layers:
+        _keep_float(runtime, config, network, parsed.strong, fp32_layers)
+    if workspace is not None:
+        if workspace <= 0:
+            raise QATError(f"workspace={workspace}: give a number of bytes above 0")
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if optimization_level is not None:
+        if not 0 <= optimization_level <= 5:
+            raise QATError(f"optimization_level={optimization_level}: choose 0 (fast build) to 5 (fast engine)")
+        config.builder_optimization_level = optimization_level
+    if hardware_compatibility is not None:
+        config.hardware_compatibility_level = _member(
+            runtime,
+            "HardwareCompatibilityLevel",
+            hardware_compatibility,
+            "hardware_compatibility",
+            runtime.hardware_compatibility,
+        )
+    if version_compatible:
+        _set_flag(config, trt.BuilderFlag.VERSION_COMPATIBLE, True)
+    _set_targets(runtime, config, targets)
+    if tactic_sources is not None:
+        names = runtime.tactic_sources
+        members = [_member(runtime, "TacticSource", name, "tactic_sources", names) for name in tactic_sources]
+        config.set_tactic_sources(sum(1 << int(member) for member in dict.fromkeys(members)))
+    cache = _timing_cache(runtime, config, timing_cache, log)
+    calibration = None
+    if calibrator is not None:
+        calibration = calibrator.attach(runtime, config, profile, {name: three[1] for name, three in profiles.items()})
+    plan = _run_builder(runtime, parsed.builder, network, config, progress)
+    if calibration is not None:
+        calibration.close()
+    if plan is None:
+        raise QATError(f"{runtime.title} could not build the engine{_remedy(log)}{log.quote()}")
+    if cache is not None:
+        assert timing_cache is not None
+        write_whole(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
+    return Engine(
+        bytes(memoryview(plan)),
+        runtime,
+        log=log,
+        onnx_path=None if isinstance(source, bytes) else str(source),
+        tensors=_signature(network, profiles),
+        host_code=version_compatible,
+    )
+
+
+@dataclass
+class _Parsed:
+    """A parsed network with the objects it lives on, in the order they must outlive each other."""
+
+    logger: Any
+    builder: Any
+    network: Any
+    parser: Any
+    strong: bool
+
+
+@dataclass(frozen=True)
+class _Types:
+    """What the parsed graph holds."""
+
+    dtypes: frozenset[str]
+    quantized: bool
+
+    @classmethod
+    def of(cls, trt: Any, network: Any) -> _Types:
+        dtypes, quantized = set(), False
+        for layer in _layers(network):
+            quantized |= layer.type == trt.LayerType.DEQUANTIZE
+            dtypes |= {str(dtype_of(layer.get_output(i).dtype)) for i in range(layer.num_outputs)}
+        return cls(frozenset(dtypes), quantized)
+
+
+def _source(onnx: str | os.PathLike[str] | bytes) -> Path | bytes:
+    if isinstance(onnx, bytes):
+        return onnx
+    path = Path(onnx)
+    if not path.is_file():
+        raise QATError(f"{path}: no such ONNX file")
+    return path
+
+
+def _check_graph(source: Path | bytes) -> None:
+    """Refuse what :func:`qat.export.check_onnx` calls an error, where onnx is installed."""
+    if importlib.util.find_spec("onnx") is None:
+        return
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    from ..export.check import check_onnx
+
+    try:
+        model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(str(source))
+    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise QATError(f"{_title(source)}: not a readable ONNX file: {error}") from error
+    errors = [finding for finding in check_onnx(model) if finding.level == "error"]
+    if errors:
+        listed = "".join(f"\n  {finding}" for finding in errors[:10])
+        more = f"\n  and {len(errors) - 10} more" if len(errors) > 10 else ""
+        raise QATError(f"{_title(source)}: TensorRT would refuse or not run in INT8 (check=False builds anyway):{listed}{more}")
+
+
+def _title(source: Path | bytes) -> str:
+    return "the ONNX graph" if isinstance(source, bytes) else str(source)
+
+
+def _parse(runtime: Runtime, source: Path | bytes, log: BuildLog, logger: Any, strongly_typed: bool | None) -> _Parsed:
+    if strongly_typed and not runtime.strong_typing:
+        raise QATError(f"strongly_typed=True: {runtime.title} has only precision flags. Leave it out")
+    if strongly_typed is False and not runtime.weak_typing:
+        raise QATError(
+            f"strongly_typed=False: {runtime.title} computes in the graph's types. Leave it out, and choose the types with "
+            'qat.export_onnx(..., precision="fp16")'
+        )
+    if not runtime.weak_typing:
+        return _parse_as(runtime, source, log, logger, strong=True)
+    parsed = _parse_as(runtime, source, log, logger, strong=bool(strongly_typed))
+    if strongly_typed is None and runtime.strong_typing and _Types.of(runtime.module, parsed.network).dtypes & {_HALF, _BF16}:
+        return _parse_as(runtime, source, log, logger, strong=True)
+    return parsed
+
+
+def _parse_as(runtime: Runtime, source: Path | bytes, log: BuildLog, logger: Any, *, strong: bool) -> _Parsed:
+    trt: Any = runtime.module
+    try:
+        builder = trt.Builder(logger)
+    except (TypeError, RuntimeError) as error:  # pybind11's words for a constructor that returned nothing
+        raise QATError(f"{runtime.title} does not start: it needs a GPU and its driver{log.quote()}") from error
+    flags = 0
+    if strong and runtime.weak_typing:
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    # Networks without batch dimension went with version 10, and the flag with 11.
+    if not runtime.strong_typing:
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse(source) if isinstance(source, bytes) else parser.parse_from_file(str(source))
+    if not parsed:
+        errors = [_describe(parser.get_error(i)) for i in range(parser.num_errors)]
+        listed = "".join(f"\n  {error}" for error in errors) or log.quote()
+        raise QATError(f"{_title(source)}: {runtime.title} cannot read the graph:{listed}")
+    return _Parsed(logger, builder, network, parser, strong)
+
+
+def _describe(error: Any) -> str:
+    # 8.6 gives the node's index alone.
+    name = error.node_name() if hasattr(error, "node_name") else ""
+    operator = error.node_operator() if hasattr(error, "node_operator") else ""
+    node = f"{name} ({operator})" if name and operator else name or f"node {error.node()}"
+    return f"{node}: {error.desc()}"
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(i) for i in range(network.num_layers))
+
+
+def _mark(network: Any, name: str) -> None:
+    """Make the tensor ``name`` an output of the network."""
+    if any(network.get_output(i).name == name for i in range(network.num_outputs)):
+        return
+    names = []
+    for layer in _layers(network):
+        for tensor in (layer.get_output(i) for i in range(layer.num_outputs)):
+            if tensor.name == name:
+                network.mark_output(tensor)
+                return
+            names.append(tensor.name)
+    near = difflib.get_close_matches(name, names, n=3)
+    hint = f"the nearest names are {', '.join(near)}" if near else "names are those of ONNX tensors, not nodes"
+    raise QATError(f"outputs: the network has no tensor {name!r}; {hint}")
+
+
+def _profiles(
+    network: Any, shapes: Mapping[str, tuple[Shape, Shape, Shape]], batch: int | tuple[int, int, int]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+    """Smallest, tuned and largest shape of every input."""
+    sizes = (batch,) * 3 if isinstance(batch, int) else tuple(batch)
+    if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+        raise QATError(f"batch={batch}: give (min, opt, max) with 1 <= min <= opt <= max")
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    if unknown := [name for name in shapes if name not in [tensor.name for tensor in tensors]]:
+        names = ", ".join(tensor.name for tensor in tensors)
+        raise QATError(f"shapes: the graph has no input {unknown[0]!r}. Its inputs are {names}")
+    profiles = {}
+    for tensor in tensors:
+        declared = tuple(tensor.shape)
+        if tensor.is_shape_tensor:
+            raise QATError(f"input {tensor.name!r} decides about shapes in the graph. Export with that value as a constant")
+        if tensor.name in shapes:
+            profiles[tensor.name] = _checked(tensor.name, declared, shapes[tensor.name])
+            continue
+        if still := [i for i, size in enumerate(declared) if size == -1 and i > 0]:
+            raise QATError(
+                f"input {tensor.name!r} of shape {list(declared)} is open in dimension {still[0]}. Give its sizes: "
+                f"shapes={{{tensor.name!r}: (min, opt, max)}}, three shapes"
+            )
+        low, opt, high = (tuple(n if size == -1 else size for size in declared) for n in sizes)
+        profiles[tensor.name] = low, opt, high
+    return profiles
+
+
+def _checked(name: str, declared: tuple[int, ...], given: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    try:
+        low, opt, high = (tuple(int(size) for size in shape) for shape in given)
+    except (TypeError, ValueError) as error:
+        raise QATError(f"shapes[{name!r}] = {given}: give three shapes (min, opt, max)") from error
+    if not len(low) == len(opt) == len(high) == len(declared):
+        raise QATError(f"shapes[{name!r}] = {given}: the input has {len(declared)} dimensions, {list(declared)}")
+    for i, size in enumerate(declared):
+        if not 0 <= low[i] <= opt[i] <= high[i]:
+            raise QATError(f"shapes[{name!r}]: dimension {i} needs 0 <= min <= opt <= max, not {low[i]}, {opt[i]}, {high[i]}")
+        if size != -1 and (low[i], high[i]) != (size, size):
+            raise QATError(f"shapes[{name!r}]: dimension {i} is fixed to {size} in the graph. Export it as a dynamic dimension")
+    return low, opt, high
+
+
+def _add_profile(trt: Any, builder: Any, config: Any, network: Any, profiles: Mapping[str, Any], log: BuildLog) -> Any:
+    """An optimization profile for the inputs with open dimensions; None if there are none."""
+    open_inputs = [
+        name for i in range(network.num_inputs) if -1 in (tensor := network.get_input(i)).shape for name in [tensor.name]
+    ]
+    if not open_inputs:
+        return None
+    profile = builder.create_optimization_profile()
+    for name in open_inputs:
+        profile.set_shape(name, *profiles[name])
+    if config.add_optimization_profile(profile) < 0:
+        raise QATError(f"TensorRT refuses the shapes of {', '.join(open_inputs)}{log.quote()}")
+    return profile
+
+
+def _set_flag(config: Any, flag: Any, on: bool) -> None:
+    if on:
+        config.set_flag(flag)
+    else:
+        config.clear_flag(flag)
+
+
+def _set_precisions(
+    runtime: Runtime,
+    config: Any,
+    strong: bool,
+    types: _Types,
+    *,
+    fp16: bool | None,
+    bf16: bool | None,
+    int8: bool | None,
+    calibrator: Any,
+) -> None:
+    """Set the builder's precision flags, or check that the graph's types are those asked for."""
+    if types.quantized and calibrator is not None:
+        raise QATError("calibrator: the graph holds Q/DQ, whose scales TensorRT takes. Leave the calibrator out")
+    if types.quantized and int8 is False:
+        raise QATError("int8=False: the graph holds Q/DQ. Export the float model instead")
+    if int8 and not types.quantized and calibrator is None:
+        raise QATError("int8=True: the graph holds no Q/DQ. Export a model that went through qat.prepare and qat.calibrate")
+    if strong:
+        for name, asked, dtype in (("fp16", fp16, _HALF), ("bf16", bf16, _BF16)):
+            if asked is not None and asked != (dtype in types.dtypes):
+                holds = "holds" if dtype in types.dtypes else "holds no"
+                precision = name if asked else "fp32"
+                raise QATError(
+                    f"{name}={asked}: {runtime.title} computes in the graph's types here, and the graph {holds} {dtype}. "
+                    f'Export with qat.export_onnx(..., precision="{precision}")'
+                )
+        return
+    flag = runtime.module.BuilderFlag
+    if bf16 and not hasattr(flag, "BF16"):
+        raise QATError(f"bf16=True: {runtime.title} has no BF16. Use fp16=True")
+    _set_flag(config, flag.FP16, fp16 is None or fp16)
+    _set_flag(config, flag.INT8, types.quantized or calibrator is not None)
+    if bf16:
+        _set_flag(config, flag.BF16, True)
+
+
+def _keep_float(runtime: Runtime, config: Any, network: Any, strong: bool, names: Sequence[str]) -> None:
+    """Keep the layers of the ONNX nodes ``names`` in float32."""
+    if strong:
+        raise QATError(
+            f"fp32_layers: {runtime.title} computes in the graph's types here. Export those nodes in float32 "
+            '(qat.export_onnx(..., precision="fp32") does so for all)'
+        )
+    trt: Any = runtime.module
+    known = {layer.name: layer for layer in _layers(network)}
+    for name in names:
+        found = [layer for layer in known.values() if _is_of(layer, name)]
+        if not found:
+            near = difflib.get_close_matches(name, list(known), n=3)
+            raise QATError(f"fp32_layers: the network has no node {name!r}; the nearest are {', '.join(near) or 'none'}")
+        for layer in found:
+            layer.precision = trt.DataType.FLOAT
+            for i in range(layer.num_outputs):
+                if layer.get_output(i).dtype in (trt.DataType.FLOAT, trt.DataType.HALF):
+                    layer.set_output_type(i, trt.DataType.FLOAT)
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+
+
+def _is_of(layer: Any, node: str) -> bool:
+    """Whether a layer comes from an ONNX node: by its metadata, where the version has them, else by its name."""
+    return layer.name == node or f"[ONNX Layer: {node}]" in getattr(layer, "metadata", "")
+
+
+def _member(runtime: Runtime, enumeration: str, name: str, argument: str, choices: tuple[str, ...]) -> Any:
+    if name.upper() not in choices:
+        listed = f"Choose from {', '.join(choices)}" if choices else "Leave it out"
+        raise QATError(f"{argument}: {runtime.title} has no {name!r}. {listed}")
+    return getattr(getattr(runtime.module, enumeration), name.upper())
+
+
+def _set_targets(runtime: Runtime, config: Any, targets: Sequence[str]) -> None:
+    if not runtime.is_rtx:
+        if tuple(targets) not in ((), ("SM86",)):
+            raise QATError(f"targets={tuple(targets)}: {runtime.title} builds for the GPU that is there. Leave it out")
+        return
+    members = [_member(runtime, "ComputeCapability", name, "targets", runtime.targets) for name in targets]
+    config.num_compute_capabilities = len(members)
+    for i, member in enumerate(members):
+        config.set_compute_capability(member, i)
+
+
+def _timing_cache(runtime: Runtime, config: Any, path: str | os.PathLike[str] | None, log: BuildLog) -> Any:
+    """Give the builder the file's tactics; None if there is no file to keep."""
+    if path is None:
+        return None
+    if not runtime.timing_cache:
+        warnings.warn(f"timing_cache: {runtime.title} measures no tactics while building; the file is left alone", stacklevel=3)
+        return None
+    file = Path(path)
+    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    # A cache of another version or GPU, or a damaged one, costs build time, nothing else.
+    if cache is None or not config.set_timing_cache(cache, False):
+        log.append(Record("WARNING", f"{file} is no timing cache of this version and GPU and is written anew"))
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def _run_builder(runtime: Runtime, builder: Any, network: Any, config: Any, progress: bool) -> Any:
+    interruption = Interruption()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interruption.noted())
+        if runtime.progress_monitor:
+            display = stack.enter_context(Display()) if progress else None
+            config.progress_monitor = make_monitor(runtime.module, interruption, display)
+        return builder.build_serialized_network(network, config)
+
+
+def _remedy(log: BuildLog) -> str:
+    text = " ".join(log.errors()).lower()
+    if "memory" in text and ("out of" in text or "insufficient" in text or "alloc" in text):
+        return ". GPU memory did not suffice: lower batch=, shapes= or workspace=, or free memory"
+    if "cuda initialization" in text or "cudaerror 35" in text:
+        return ". It needs a GPU and its driver"
+    if "could not find any implementation" in text:
+        return ". No kernel fits a node: raise workspace=, or leave that node in float"
+    return ""
+
+
+def _signature(network: Any, profiles: Mapping[str, Any]) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    return (
+        tuple(TensorInfo(t.name, dtype_of(t.dtype), tuple(t.shape), *profiles[t.name]) for t in inputs),
+        tuple(TensorInfo(t.name, dtype_of(t.dtype), tuple(t.shape)) for t in outputs),
+    )

@@ -1,0 +1,123 @@
+"""The few calls of the CUDA runtime that running an engine takes: memory, copies and streams.
+
+polygraphy finds and loads the library. The calls are checked here, so that a failure is an error with CUDA's own words.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from ..errors import QATError
+
+_HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
+_OUT_OF_MEMORY = 2
+
+
+class Cuda:
+    """The CUDA runtime library.
+
+    Raises:
+        QATError: If polygraphy or the library is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from polygraphy.cuda import wrapper
+        except ImportError as error:
+            raise QATError("running an engine needs polygraphy: install it with `pip install polygraphy`") from error
+        try:
+            self._library: Any = wrapper().handle
+        except OSError as error:
+            raise QATError(f"the CUDA runtime library (libcudart) was not found: {error}. Add it to LD_LIBRARY_PATH") from error
+        self._library.cudaGetErrorString.restype = ctypes.c_char_p
+
+    def _call(self, name: str, *arguments: Any, what: str) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status:
+            words = self._library.cudaGetErrorString(status).decode()
+            # Otherwise the next, innocent call would report this error again.
+            self._library.cudaGetLastError()
+            remedy = ". Use a smaller batch, or free GPU memory" if status == _OUT_OF_MEMORY else ""
+            raise QATError(f"{what}: CUDA error {status} ({words}){remedy}")
+
+    def devices(self) -> int:
+        """Number of GPUs that can be used; 0 without a driver."""
+        count = ctypes.c_int()
+        if self._library.cudaGetDeviceCount(ctypes.byref(count)):
+            self._library.cudaGetLastError()
+            return 0
+        return count.value
+
+    def current_device(self) -> int:
+        """Index of the calling thread's GPU."""
+        index = ctypes.c_int()
+        self._call("cudaGetDevice", ctypes.byref(index), what="no GPU")
+        return index.value
+
+    def free_memory(self) -> int:
+        """Free bytes of the current GPU."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total), what="GPU memory")
+        return free.value
+
+    def allocate(self, size: int) -> int:
+        """Address of ``size`` bytes of GPU memory."""
+        pointer = ctypes.c_void_p()
+        self._call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(size), what=f"{size} bytes of GPU memory")
+        return pointer.value or 0
+
+    def release(self, address: int) -> None:
+        """Give memory of :meth:`allocate` back."""
+        self._call("cudaFree", ctypes.c_void_p(address), what="freeing GPU memory")
+
+    def upload(self, device: int, host: int, size: int, stream: int) -> None:
+        """Copy ``size`` bytes from the host to the GPU, in the order of ``stream``."""
+        self._copy(device, host, size, _HOST_TO_DEVICE, stream)
+
+    def download(self, host: int, device: int, size: int, stream: int) -> None:
+        """Copy ``size`` bytes from the GPU to the host, in the order of ``stream``."""
+        self._copy(host, device, size, _DEVICE_TO_HOST, stream)
+
+    def _copy(self, to: int, source: int, size: int, kind: int, stream: int) -> None:
+        arguments = (ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(size), ctypes.c_int(kind))
+        self._call("cudaMemcpyAsync", *arguments, ctypes.c_void_p(stream), what=f"copying {size} bytes")
+
+    def create_stream(self) -> int:
+        """A new stream."""
+        stream = ctypes.c_void_p()
+        self._call("cudaStreamCreate", ctypes.byref(stream), what="creating a stream")
+        return stream.value or 0
+
+    def synchronize(self, stream: int) -> None:
+        """Wait until ``stream`` has done its work."""
+        self._call("cudaStreamSynchronize", ctypes.c_void_p(stream), what="waiting for the engine")
+
+    def destroy_stream(self, stream: int) -> None:
+        """Give a stream of :meth:`create_stream` back."""
+        self._call("cudaStreamDestroy", ctypes.c_void_p(stream), what="destroying a stream")
+
+
+class Buffer:
+    """GPU memory that grows when more is asked for and is used again otherwise."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self.address = 0
+        self.size = 0
+
+    def reserve(self, size: int) -> int:
+        """Address of at least ``size`` bytes; what was there before may be gone."""
+        # TensorRT wants an address even for an empty tensor.
+        size = max(size, 1)
+        if size > self.size:
+            self.close()
+            self.address = self._cuda.allocate(size)
+            self.size = size
+        return self.address
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.address:
+            address, self.address, self.size = self.address, 0, 0
+            self._cuda.release(address)

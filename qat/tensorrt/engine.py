@@ -1,0 +1,234 @@
+"""A built engine: run it, save it, load it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import cached_property
+from typing import Any
+
+from ..errors import QATError
+from .context import ExecutionContext, TensorInfo, dtype_of, is_torch
+from .cuda import Cuda
+from .files import read_whole, write_whole
+from .log import BuildLog, make_logger
+from .runtime import Runtime, as_runtime
+
+
+class Engine:
+    """A TensorRT engine, deserialized when it is first used.
+
+    A context manager: leaving it gives the GPU memory back.
+
+    Attributes:
+        plan: The serialized engine.
+        runtime: The TensorRT that built it or is to run it.
+        onnx_path: The file it was built from, if it was built from a file.
+        log: Records of the build; empty for a loaded engine.
+        load_log: Records of deserializing and running.
+    """
+
+    def __init__(
+        self,
+        plan: bytes,
+        runtime: Runtime,
+        *,
+        log: BuildLog | None = None,
+        onnx_path: str | None = None,
+        tensors: tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]] | None = None,
+        host_code: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.runtime = runtime
+        self.onnx_path = onnx_path
+        self.log = BuildLog() if log is None else log
+        self.load_log = BuildLog()
+        self._tensors = tensors
+        self._host_code = host_code
+        self._engine: Any = None
+        self._context: ExecutionContext | None = None
+        self._stream = 0
+        self._device: int | None = None
+        self._running = threading.Lock()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Engine({len(self.plan)} bytes, {self.runtime.title})"
+
+    @cached_property
+    def cuda(self) -> Cuda:
+        """The CUDA runtime that runs it."""
+        return Cuda()
+
+    @property
+    def handle(self) -> Any:
+        """TensorRT's own ``ICudaEngine``; deserialized on first use.
+
+        Raises:
+            QATError: If there is no GPU, or the plan is corrupt, or of another version or GPU.
+        """
+        if self._engine is None:
+            self._deserialize()
+        return self._engine
+
+    @property
+    def device(self) -> int:
+        """Index of the GPU it was deserialized on."""
+        if self._device is None:
+            self._deserialize()
+        assert self._device is not None
+        return self._device
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """Its inputs, in the graph's order."""
+        return self._signature()[0]
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """Its outputs, in the graph's order."""
+        return self._signature()[1]
+
+    @property
+    def layer_information(self) -> str | None:
+        """The engine inspector's JSON; None where TensorRT-RTX cannot deserialize for want of a GPU.
+
+        Raises:
+            QATError: If the engine cannot be deserialized.
+        """
+        if self.runtime.is_rtx and self._engine is None and not self.cuda.devices():
+            return None
+        trt: Any = self.runtime.module
+        information = self.handle.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        return str(information)
+
+    def run(self, inputs: Any) -> dict[str, Any]:
+        """Compute the outputs.
+
+        Args:
+            inputs: By name, in the engine's order, or the one array. NumPy arrays: copied to the GPU and back. PyTorch CUDA
+                tensors: read in place on PyTorch's current stream; the call returns before the engine is done, as
+                PyTorch's own operators do. dtype, shape and (row-major) layout must be the engine's.
+
+        Returns:
+            Outputs by name, of the inputs' kind; new ones each call.
+
+        Raises:
+            QATError: If an input does not fit, there is no GPU, or its memory does not suffice.
+        """
+        with self._running:
+            if self._context is None:
+                self._context = ExecutionContext(self)
+            context = self._context
+            try:
+                context.set_inputs(inputs)
+                example = next(iter(context.outputs.values()), None)
+                if is_torch(example):
+                    import torch
+
+                    context.enqueue(torch.cuda.current_stream(example.device).cuda_stream)
+                else:
+                    self._stream = self._stream or self.cuda.create_stream()
+                    context.upload(self._stream)
+                    context.enqueue(self._stream)
+                    context.download(self._stream)
+                    self.cuda.synchronize(self._stream)
+                return context.detach()
+            except QATError:
+                # After a failed launch or allocation neither its memory nor its state is of use.
+                self._release()
+                raise
+
+    def context(self) -> ExecutionContext:
+        """A context of its own, with its own activation memory, to enqueue without the checks and copies of :meth:`run`.
+
+        Raises:
+            QATError: If there is no GPU, or its memory does not suffice.
+        """
+        return ExecutionContext(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan, as TensorRT's own tools read it.
+
+        Raises:
+            QATError: If the file cannot be written; an older file of that name stays whole.
+        """
+        write_whole(path, self.plan)
+
+    def close(self) -> None:
+        """Give the GPU memory back; the engine can be used again, which deserializes it anew."""
+        with self._running:
+            self._release()
+            self._engine = None
+            self._device = None
+
+    def _release(self) -> None:
+        if self._context is not None:
+            self._context.close()
+            self._context = None
+        if self._stream:
+            stream, self._stream = self._stream, 0
+            self.cuda.destroy_stream(stream)
+
+    def _deserialize(self) -> None:
+        trt: Any = self.runtime.module
+        if not self.cuda.devices():
+            raise QATError(
+                f"no CUDA device: the engine can be saved here, but not be run or looked into. Run it where its GPU is "
+                f"({self.runtime.title})"
+            )
+        self._device = self.cuda.current_device()
+        del self.load_log[:]
+        logger = make_logger(trt, self.load_log, verbose=False)
+        runtime = trt.Runtime(logger)
+        if self._host_code:
+            runtime.engine_host_code_allowed = True
+        self._engine = runtime.deserialize_cuda_engine(self.plan)
+        if self._engine is None:
+            raise QATError(
+                f"{self.runtime.title} cannot load the engine: it is corrupt, or was built by another version or for another "
+                f"GPU. Build it again here{self.load_log.quote()}"
+            )
+
+    def _signature(self) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+        if self._tensors is None:
+            self._tensors = _tensors(self.runtime.module, self.handle)
+        return self._tensors
+
+
+def load(path: str | os.PathLike[str], runtime: Runtime | str | None = None, *, host_code: bool = False) -> Engine:
+    """Read a plan that :meth:`Engine.save` or another of TensorRT's tools wrote.
+
+    Args:
+        path: The plan.
+        runtime: What is to run it; by default what is installed.
+        host_code: Let the plan bring code that runs on the CPU. Engines built with ``version_compatible`` need it; allow it
+            only for plans from a source you trust.
+
+    Returns:
+        The engine. Whether its version and GPU fit shows when it is first used.
+
+    Raises:
+        QATError: If no runtime is installed or the file cannot be read or is empty.
+    """
+    plan = read_whole(path)
+    if not plan:
+        raise QATError(f"{os.fspath(path)}: the file is empty, not a TensorRT plan")
+    return Engine(plan, as_runtime(runtime), host_code=host_code)
+
+
+def _tensors(trt: Any, engine: Any) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    inputs, outputs = [], []
+    for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
+        dtype, shape = dtype_of(engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name))
+        if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+            low, opt, high = (tuple(s) for s in engine.get_tensor_profile_shape(name, 0))
+            inputs.append(TensorInfo(name, dtype, shape, low, opt, high))
+        else:
+            outputs.append(TensorInfo(name, dtype, shape))
+    return tuple(inputs), tuple(outputs)
