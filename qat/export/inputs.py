@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import onnx
+from onnx import helper
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -60,3 +63,27 @@ def output_names(output: Any) -> list[str]:
             name = ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
             names.append(f"output.{name}" if name[:1].isdigit() else name or "output")
     return names
+
+
+def graph_feeds(proto: onnx.ModelProto, args: tuple[Any, ...], kwargs: dict[str, Any], argument: str) -> dict[str, np.ndarray]:
+    """The graph's inputs: by name where a keyword argument has one's name, otherwise by position; in half if it wants that.
+
+    Raises:
+        QATError: Naming ``argument`` if number or shapes do not fit.
+    """
+    values = tensors((args, kwargs))
+    graph_inputs = list(proto.graph.input)
+    names = [value.name for value in graph_inputs]
+    if len(values) != len(names):
+        raise QATError(f"{argument}: {len(values)} tensors, the ONNX file has {len(names)} inputs: {names}")
+    by_name = not args and set(kwargs) == set(names)
+    fed = {}
+    for given, value in zip(values, graph_inputs, strict=True):
+        array = (kwargs[value.name] if by_name else given).detach().cpu().numpy()
+        wanted = [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]
+        found = list(array.shape)
+        if len(wanted) != len(found) or any(isinstance(w, int) and w != f for w, f in zip(wanted, found, strict=True)):
+            raise QATError(f"{argument}: {value.name} has shape {found}, the ONNX file wants {wanted}")
+        dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        fed[value.name] = array.astype(dtype) if array.dtype == np.float32 else array
+    return fed

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import json
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,15 @@ from ..errors import QATError
 from ..inputs import tensors
 from ..numerics import INT8
 from ..quantizer import is_prepared, quantizers
-from . import graph
+from . import graph, halves
 from . import opset as opsets
+from . import precision as precisions
 from .check import check_onnx
-from .inputs import call_arguments
+from .inputs import call_arguments, graph_feeds
 from .state import SCALE, exporting
 
 OPSETS = range(17, 25)
+DEFAULT_OPSET = 19
 _PROTOBUF_LIMIT = 2**31
 
 
@@ -41,11 +45,15 @@ def export_onnx(
     path: str | os.PathLike[str],
     example_inputs: Any,
     *,
-    opset: int = 19,
+    opset: int | None = None,
+    precision: str = "fp32",
     dynamic_batch: bool = True,
     external_data: bool = False,
     int8_weights: bool = False,
     fuse_adds: bool = False,
+    half_io: bool = False,
+    half_scales: bool = False,
+    fp32_nodes: Sequence[str] = (),
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     verbose: bool = False,
@@ -59,7 +67,12 @@ def export_onnx(
         path: The file to write; an existing one is replaced.
         example_inputs: What the model runs on: a tuple holds positional arguments, a dict keyword arguments, anything
             else is the one argument.
-        opset: 17 to 24. TensorRT 8.6 reads up to 17, 10.0 up to 20.
+        opset: 17 to 24; 19 by default, 22 for bfloat16. TensorRT 8.6 reads up to 17, 10.0 up to 20.
+        precision: What everything that is not quantized computes in: ``"fp32"``, ``"fp16"`` or ``"bf16"``. TensorRT 11 and
+            TensorRT-RTX compute what the file says. For TensorRT 8.6 leave it at ``"fp32"`` and build with the FP16 and
+            INT8 flags. The scales stay in float32, so that codes do not change; what else does is told in
+            :mod:`qat.export.precision`. From opset 23 there is one node less at each end of a Q/DQ pair. ``"bf16"`` needs
+            opset 22, and ONNX Runtime's CPU kernels do not run it.
         dynamic_batch: Leave the first dimension of the inputs open. Inputs whose first dimension differs from that of
             the first input keep their shape.
         external_data: Store the weights beside the file, in ``<name>.data``.
@@ -67,6 +80,10 @@ def export_onnx(
             TensorRT 8 wants float weights.
         fuse_adds: Leave out the Q/DQ on the convolution-fed input of residual additions, which TensorRT then fuses with
             the convolution. It only raises precision.
+        half_io: With a half ``precision``: also the inputs and outputs of the graph, which stay float32 otherwise.
+        half_scales: With a half ``precision``: also the scales. It saves Casts and changes codes; how many is warned of,
+            counted exactly for weights and on ``example_inputs`` for activations, and noted in the file's metadata.
+        fp32_nodes: With a half ``precision``: names of ONNX nodes that stay in float32, as patterns with ``*`` and ``?``.
         input_names: Names of the graph inputs; by default those of ``forward``'s parameters.
         output_names: Names of the graph outputs; by default the keys of a dict, or ``output``.
         verbose: Let torch's exporter tell its progress.
@@ -76,9 +93,13 @@ def export_onnx(
 
     Raises:
         QATError: If the model is not prepared or not calibrated, does not run on ``example_inputs``, holds a number
-            format or an operator that the file cannot express, or if ``path`` cannot be written.
+            format or an operator that the file cannot express, if a value overflows float16 on ``example_inputs``, or
+            if ``path`` cannot be written.
     """
     target = Path(path)
+    _refuse_precision(precision, opset, half_io, half_scales, fp32_nodes)
+    if opset is None:
+        opset = precisions.BF16_OPSET if precision == "bf16" else DEFAULT_OPSET
     if not isinstance(opset, int) or opset not in OPSETS:
         raise QATError(f"opset={opset!r}: choose one from {OPSETS.start} to {OPSETS.stop - 1}")
     if int8_weights and opset <= opsets.TENSORRT_8:
@@ -97,7 +118,11 @@ def export_onnx(
             opsets.downgrade(proto)
             # Axes that became attributes.
             graph.drop_unused(proto.graph)
-        graph.set_metadata(proto, {"qat.fuse_adds": str(fuse_adds).lower()})
+        graph.set_metadata(proto, {"qat.fuse_adds": str(fuse_adds).lower(), "qat.precision": precision})
+        if precision != "fp32":
+            _to_half(
+                proto, graph_feeds(proto, args, kwargs, "example_inputs"), scratch, precision, half_io, half_scales, fp32_nodes
+            )
         _raise_on_findings(check_onnx(proto))
         _save(proto, scratch / target.name, external_data)
         onnx.checker.check_model(str(scratch / target.name), full_check=True)
@@ -106,6 +131,48 @@ def export_onnx(
             if (scratch / name).exists():
                 (scratch / name).replace(target.parent / name)
     return target
+
+
+def _refuse_precision(precision: str, opset: int | None, half_io: bool, half_scales: bool, fp32_nodes: Sequence[str]) -> None:
+    if precision == "fp32":
+        for name, value in (("half_io", half_io), ("half_scales", half_scales), ("fp32_nodes", fp32_nodes)):
+            if value:
+                raise QATError(f"{name}={value!r} needs precision='fp16' or 'bf16', it is 'fp32'")
+        return
+    if precision not in precisions.ELEMENT_TYPES:
+        raise QATError(f"precision={precision!r}: choose 'fp32', 'fp16' or 'bf16'")
+    if opset is not None and opset < DEFAULT_OPSET:
+        raise QATError(
+            f"precision={precision!r} needs opset >= {DEFAULT_OPSET}, got {opset}. For TensorRT 8.6 export with "
+            "precision='fp32' and build with its FP16 and INT8 flags, for later versions raise the opset"
+        )
+    if precision == "bf16" and opset is not None and opset < precisions.BF16_OPSET:
+        raise QATError(
+            f"precision='bf16' needs opset >= {precisions.BF16_OPSET}, from where Conv takes bfloat16; got {opset}. Leave "
+            "opset out, or choose precision='fp16'"
+        )
+
+
+def _to_half(
+    proto: onnx.ModelProto,
+    fed: dict[str, Any],
+    scratch: Path,
+    precision: str,
+    half_io: bool,
+    half_scales: bool,
+    fp32_nodes: Sequence[str],
+) -> None:
+    """Rewrite the graph in place; nothing may overflow, and codes change on request only."""
+    plan = precisions.decide(proto, precision, half_io=half_io, half_scales=half_scales, fp32_nodes=fp32_nodes)
+    if precision == "fp16":
+        halves.refuse_overflow(proto, plan, fed, scratch)
+    if half_scales:
+        changed = halves.count_changed_codes(proto, fed, scratch, plan.element_type)
+        halves.round_scales(proto, plan.element_type)
+        graph.set_metadata(proto, {"qat.changed_codes": json.dumps({"changed": changed.changed, "total": changed.total})})
+        warnings.warn(f"half_scales=True: {changed}", stacklevel=4)
+    precisions.apply(proto, plan)
+    graph.drop_unused(proto.graph)
 
 
 def _refuse_other_dtypes(model: nn.Module) -> None:

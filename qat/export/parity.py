@@ -34,7 +34,7 @@ from ..nn.add import QuantAdd
 from ..numerics import quantize
 from ..quantizer import Quantizer, State, WeightQuantizer, quantizers
 from .graph import SITES_KEY
-from .inputs import call_arguments, output_names, run
+from .inputs import call_arguments, graph_feeds, output_names, run
 from .report import Difference, OutputParity, ParityReport, SegmentParity, SiteParity
 
 # Their weight holds the input channels of a group in its second dimension.
@@ -51,8 +51,9 @@ def parity(
 ) -> ParityReport:
     """Compare ``model`` with the ONNX file that ``qat.export_onnx`` wrote for it. The model is left as it was.
 
-    Both run in float32 and in eval mode; where the file was exported with ``fuse_adds``, the same sites of the model are
-    switched off for the comparison.
+    The model runs in float32 and in eval mode; where the file was exported with ``fuse_adds``, the same sites of the model
+    are switched off for the comparison. A file that computes in float16 is compared with that float32 model; the drift
+    beside it is then that of the model when every module's result is rounded to float16.
 
     Args:
         model: The model that was exported, quantizing.
@@ -66,7 +67,8 @@ def parity(
         The report; ``print`` it, or read its attributes.
 
     Raises:
-        QATError: If the file does not fit the model or the inputs.
+        QATError: If the file does not fit the model or the inputs, or computes in bfloat16, which ONNX Runtime's CPU
+            kernels do not, or if ``segments`` are asked of one in float16.
 
     Example:
         >>> import tempfile, qat
@@ -87,6 +89,8 @@ def parity(
     if SITES_KEY not in metadata:
         raise QATError(f"path={file!r}: not a file of qat.export_onnx, it does not say which node belongs to which site")
     nodes: dict[str, list[str]] = json.loads(metadata[SITES_KEY])
+    precision = metadata.get("qat.precision", "fp32")
+    _refuse_precision(file, precision, segments)
     _refuse_foreign(model, nodes)
     with _evaluating(model, fuse_adds=metadata.get("qat.fuse_adds") == "true"), torch.no_grad():
         with _recorded(model, keep_inputs=segments, enabled=codes or segments) as calls, _float32():
@@ -94,11 +98,11 @@ def parity(
         with (
             _recorded(model, keep_inputs=False, enabled=codes) as other_calls,
             _float32(vendor_kernels=False),
-            _ReversedSums(),
+            _ReversedSums() if precision == "fp32" else _half_results(model),
         ):
             other_args, other_kwargs = pytree.tree_map(_other_layout, (args, kwargs))
             other = run(model, other_args, other_kwargs, "inputs")
-    feeds = _feeds(proto, args, kwargs)
+    feeds = graph_feeds(proto, args, kwargs, "inputs")
     names = [value.name for value in proto.graph.output]
     pairs = _match(calls, nodes)
     graph = _Graph(proto)
@@ -121,6 +125,7 @@ def parity(
         [_site(call, results[name], drift_codes[call.site, call.index]) for name, call in exposed.items()],
         _segments(graph, pairs, feeds) if segments else [],
         sorted(site for site in calls if len(calls[site]) != len(nodes.get(site, [])) and site in nodes),
+        precision,
     )
 
 
@@ -218,6 +223,37 @@ class _ReversedSums(TorchFunctionMode):
         return func(x, weight.flip(1), *args[2:], **given)
 
 
+@contextlib.contextmanager
+def _half_results(model: nn.Module) -> Iterator[None]:
+    """Round what every module returns to float16: what storing it there would do. Quantizers are left exact."""
+
+    def rounded(leaf: Any) -> Any:
+        return leaf.half().to(leaf.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return pytree.tree_map(rounded, output)
+
+    handles = [module.register_forward_hook(hook) for module in model.modules() if not isinstance(module, Quantizer)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_precision(file: str, precision: str, segments: bool) -> None:
+    if precision == "bf16":
+        raise QATError(
+            f"path={file!r} computes in bfloat16, which ONNX Runtime's CPU kernels do not. Compare the file of "
+            "precision='fp32', and the bfloat16 one as an engine"
+        )
+    if segments and precision != "fp32":
+        raise QATError(
+            f"segments=True compares codes bit by bit, path={file!r} rounds between the sites to float16. Compare the file of "
+            "precision='fp32' segment by segment, this one without segments"
+        )
+
+
 def _other_layout(leaf: Any) -> Any:
     """An image in the other memory format, for what has no sum over channels: depthwise convolutions, say."""
     if not isinstance(leaf, Tensor) or leaf.ndim != 4:
@@ -238,24 +274,6 @@ def _refuse_foreign(model: nn.Module, nodes: Mapping[str, list[str]]) -> None:
 
 def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()
-
-
-def _feeds(proto: onnx.ModelProto, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The graph's inputs: by name where a keyword argument has one's name, otherwise by position."""
-    values = tensors((args, kwargs))
-    graph_inputs = list(proto.graph.input)
-    names = [value.name for value in graph_inputs]
-    if len(values) != len(names):
-        raise QATError(f"inputs: {len(values)} tensors, the ONNX file has {len(names)} inputs: {names}")
-    by_name = not args and set(kwargs) == set(names)
-    feeds = {name: _array(kwargs[name] if by_name else value) for name, value in zip(names, values, strict=True)}
-    for value in graph_inputs:
-        dims = value.type.tensor_type.shape.dim
-        wanted = [dim.dim_value or dim.dim_param for dim in dims]
-        found = list(feeds[value.name].shape)
-        if len(wanted) != len(found) or any(isinstance(w, int) and w != f for w, f in zip(wanted, found, strict=True)):
-            raise QATError(f"inputs: {value.name} has shape {found}, the ONNX file wants {wanted}")
-    return feeds
 
 
 def _difference(name: str, reference: np.ndarray, result: np.ndarray) -> Difference:

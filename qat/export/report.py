@@ -43,7 +43,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class OutputParity:
-    """One output: ONNX Runtime against PyTorch, and PyTorch against itself, summing in another order."""
+    """One output: ONNX Runtime against PyTorch, and PyTorch against itself, summing in another order or in float16."""
 
     name: str
     onnx: Difference
@@ -103,12 +103,14 @@ class ParityReport:
         sites: One entry a call of an activation site, if asked for.
         segments: One entry a call of any site, if asked for.
         unmatched: Sites that PyTorch calls more or less often than the graph.
+        precision: What the graph computes in, ``"fp32"`` or ``"fp16"``.
     """
 
     outputs: list[OutputParity]
     sites: list[SiteParity] = field(default_factory=list)
     segments: list[SegmentParity] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    precision: str = "fp32"
 
     @property
     def top1(self) -> float | None:
@@ -158,7 +160,8 @@ class ParityReport:
         return capture.get()
 
     def _output_table(self) -> Table:
-        table = Table(title="ONNX Runtime against PyTorch, and PyTorch's own drift (other order of sums)", title_justify="left")
+        cause = "other order of sums" if self.precision == "fp32" else f"results of modules rounded to {self.precision}"
+        table = Table(title=f"ONNX Runtime against PyTorch, and PyTorch's own drift ({cause})", title_justify="left")
         for column in ("output", "compared", "max abs", "max rel", "SQNR dB", "top-1 equal"):
             table.add_column(column, justify="left" if column in ("output", "compared") else "right")
         for output in self.outputs:
