@@ -4,6 +4,7 @@ Needs the runtime, NumPy and, to run engines, polygraphy; PyTorch and ONNX are u
 """
 
 from .build import build
+from .calibrators import EntropyCalibrator, EntropyCalibrator2, LegacyCalibrator, MinMaxCalibrator
 from .engine import Engine, ExecutionContext, TensorInfo, load
 from .log import BuildLog, Record
 from .runtime import Runtime, find_runtime
@@ -14,7 +15,11 @@ __all__ = [
     "find_runtime",
     "BuildLog",
     "Engine",
+    "EntropyCalibrator",
+    "EntropyCalibrator2",
     "ExecutionContext",
+    "LegacyCalibrator",
+    "MinMaxCalibrator",
     "Record",
     "Runtime",
     "TensorInfo",

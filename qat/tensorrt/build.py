@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QATError
+from .calibrators import Calibrator
 from .context import TensorInfo, dtype_of
 from .engine import Engine
 from .files import write_whole
@@ -41,7 +42,7 @@ def build(
     version_compatible: bool = False,
     targets: Sequence[str] = ("SM86",),
     tactic_sources: Sequence[str] | None = None,
-    calibrator: Any = None,
+    calibrator: Calibrator | None = None,
     outputs: Sequence[str] = (),
     fp32_layers: Sequence[str] = (),
     progress: bool = False,
@@ -95,12 +96,20 @@ def build(
     """
     runtime = as_runtime(runtime)
     trt: Any = runtime.module
+    if calibrator is not None:
+        if not isinstance(calibrator, Calibrator):
+            raise QATError(f"calibrator is a {type(calibrator).__name__}: use one of qat.tensorrt.calibrators")
+        calibrator.check(runtime)
     source = _source(onnx)
     if check:
-        _check_graph(source)
+        _check_graph(runtime, source)
     log = BuildLog()
-    parsed = _parse(runtime, source, log, make_logger(trt, log, verbose=verbose_log), strongly_typed)
+    interruption = Interruption(cancels=runtime.progress_monitor)
+    with interruption.noted():
+        parsed = _parse(runtime, source, log, make_logger(trt, log, verbose=verbose_log), strongly_typed)
     network = parsed.network
+    if not network.num_outputs:
+        raise QATError(f"{_title(source)}: the graph has no outputs. Is it an ONNX file?")
     types = _Types.of(trt, network)
     profiles = _profiles(network, shapes or {}, batch)
     for name in outputs:
@@ -136,12 +145,15 @@ def build(
         members = [_member(runtime, "TacticSource", name, "tactic_sources", names) for name in tactic_sources]
         config.set_tactic_sources(sum(1 << int(member) for member in dict.fromkeys(members)))
     cache = _timing_cache(runtime, config, timing_cache, log)
-    calibration = None
-    if calibrator is not None:
-        calibration = calibrator.attach(runtime, config, profile, {name: three[1] for name, three in profiles.items()})
-    plan = _run_builder(runtime, parsed.builder, network, config, progress)
+    tensors = _signature(network, profiles)
+    calibration = None if calibrator is None else calibrator.attach(runtime, config, profile, tensors[0])
+    try:
+        plan = _run_builder(runtime, parsed.builder, network, config, interruption, progress=progress)
+    finally:
+        if calibration is not None:
+            calibration.close()
     if calibration is not None:
-        calibration.close()
+        calibration.finish(log, built=plan is not None)
     if plan is None:
         raise QATError(f"{runtime.title} could not build the engine{_remedy(log)}{log.quote()}")
     if cache is not None:
@@ -152,7 +164,7 @@ def build(
         runtime,
         log=log,
         onnx_path=None if isinstance(source, bytes) else str(source),
-        tensors=_signature(network, profiles),
+        tensors=tensors,
         host_code=version_compatible,
     )
 
@@ -186,6 +198,8 @@ class _Types:
 
 def _source(onnx: str | os.PathLike[str] | bytes) -> Path | bytes:
     if isinstance(onnx, bytes):
+        if not onnx:
+            raise QATError("onnx: the graph is empty")
         return onnx
     path = Path(onnx)
     if not path.is_file():
@@ -193,24 +207,25 @@ def _source(onnx: str | os.PathLike[str] | bytes) -> Path | bytes:
     return path
 
 
-def _check_graph(source: Path | bytes) -> None:
+def _check_graph(runtime: Runtime, source: Path | bytes) -> None:
     """Refuse what :func:`qat.export.check_onnx` calls an error, where onnx is installed."""
     if importlib.util.find_spec("onnx") is None:
         return
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    from ..export.check import check_onnx
+    from ..export import check_onnx
 
     try:
-        model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(str(source))
-    except (DecodeError, OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise QATError(f"{_title(source)}: not a readable ONNX file: {error}") from error
-    errors = [finding for finding in check_onnx(model) if finding.level == "error"]
+        model = onnx.load_from_string(source) if isinstance(source, bytes) else source
+    except DecodeError as error:
+        raise QATError(f"{_title(source)}: not readable as ONNX: {error}") from error
+    target = "rtx" if runtime.is_rtx else "8.6" if not runtime.strong_typing else "10" if runtime.weak_typing else "11"
+    errors = [finding for finding in check_onnx(model, target=target) if finding.level == "error"]
     if errors:
         listed = "".join(f"\n  {finding}" for finding in errors[:10])
         more = f"\n  and {len(errors) - 10} more" if len(errors) > 10 else ""
-        raise QATError(f"{_title(source)}: TensorRT would refuse or not run in INT8 (check=False builds anyway):{listed}{more}")
+        raise QATError(f"{_title(source)}: {runtime.title} would refuse it (check=False builds anyway):{listed}{more}")
 
 
 def _title(source: Path | bytes) -> str:
@@ -358,7 +373,7 @@ def _set_precisions(
     fp16: bool | None,
     bf16: bool | None,
     int8: bool | None,
-    calibrator: Any,
+    calibrator: Calibrator | None,
 ) -> None:
     """Set the builder's precision flags, or check that the graph's types are those asked for."""
     if types.quantized and calibrator is not None:
@@ -448,8 +463,9 @@ def _timing_cache(runtime: Runtime, config: Any, path: str | os.PathLike[str] | 
     return cache
 
 
-def _run_builder(runtime: Runtime, builder: Any, network: Any, config: Any, progress: bool) -> Any:
-    interruption = Interruption()
+def _run_builder(
+    runtime: Runtime, builder: Any, network: Any, config: Any, interruption: Interruption, *, progress: bool
+) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(interruption.noted())
         if runtime.progress_monitor:

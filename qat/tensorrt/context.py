@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 # TensorRT's names of the types that arrays can have. NumPy has no bfloat16.
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any] | str] = {
     "FLOAT": np.dtype("float32"),
     "HALF": np.dtype("float16"),
     "INT8": np.dtype("int8"),
@@ -61,7 +61,8 @@ class TensorInfo:
 
 def dtype_of(trt_dtype: Any) -> np.dtype[Any] | str:
     """NumPy's dtype of TensorRT's ``DataType``, its name where NumPy has none."""
-    return _DTYPES.get(trt_dtype.name, trt_dtype.name.lower())
+    name: str = trt_dtype.name
+    return _DTYPES.get(name, name.lower())
 
 
 def is_torch(value: Any) -> bool:
@@ -113,17 +114,33 @@ class ExecutionContext:
         Raises:
             QATError: If a name, dtype, shape, device or memory layout does not fit.
         """
+        self.bind(self.check(inputs))
+
+    def check(self, inputs: Any) -> dict[str, Any]:
+        """The inputs by name, if they fit.
+
+        Raises:
+            QATError: If a name, dtype, shape, device or memory layout does not fit.
+        """
         arrays = self._named(inputs)
         for info in self._engine.inputs:
             _check(info, arrays[info.name])
         self._check_devices(arrays)
+        return arrays
+
+    def bind(self, arrays: dict[str, Any]) -> None:
+        """:meth:`set_inputs` for inputs that :meth:`check` returned.
+
+        Raises:
+            QATError: If the GPU's memory does not suffice.
+        """
         for info in self._engine.inputs:
             shape = tuple(arrays[info.name].shape)
             if not self._context.set_input_shape(info.name, shape):
                 raise QATError(f"input {info.name!r}: TensorRT refuses shape {list(shape)}{self._engine.load_log.quote()}")
         outputs = {info.name: self._output(info, arrays) for info in self._engine.outputs}
         for info in (*self._engine.inputs, *self._engine.outputs):
-            value = arrays.get(info.name, outputs.get(info.name))
+            value: Any = arrays.get(info.name, outputs.get(info.name))
             address = value.data_ptr() if is_torch(value) else self._buffers[info.name].reserve(_size(value))
             if not self._context.set_tensor_address(info.name, address or self._buffers[info.name].reserve(1)):
                 raise QATError(f"{info.name!r}: TensorRT refuses its address{self._engine.load_log.quote()}")
@@ -199,7 +216,7 @@ class ExecutionContext:
             raise QATError(
                 f"output {info.name!r} has shape {list(shape)}: its size depends on the data. End the graph before that node"
             )
-        example = next(iter(arrays.values()), None)
+        example: Any = next(iter(arrays.values()), None)
         if is_torch(example):
             torch = sys.modules["torch"]
             return torch.empty(shape, dtype=_torch_dtype(torch, info), device=example.device)

@@ -6,30 +6,28 @@ polygraphy finds and loads the library. The calls are checked here, so that a fa
 from __future__ import annotations
 
 import ctypes
+import weakref
 from typing import Any
 
 from ..errors import QATError
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 _OUT_OF_MEMORY = 2
+_DISABLE_TIMING = 2
 
 
 class Cuda:
     """The CUDA runtime library.
 
+    Args:
+        library: The loaded library; by default the one that polygraphy finds.
+
     Raises:
         QATError: If polygraphy or the library is not installed.
     """
 
-    def __init__(self) -> None:
-        try:
-            from polygraphy.cuda import wrapper
-        except ImportError as error:
-            raise QATError("running an engine needs polygraphy: install it with `pip install polygraphy`") from error
-        try:
-            self._library: Any = wrapper().handle
-        except OSError as error:
-            raise QATError(f"the CUDA runtime library (libcudart) was not found: {error}. Add it to LD_LIBRARY_PATH") from error
+    def __init__(self, library: Any = None) -> None:
+        self._library: Any = _find() if library is None else library
         self._library.cudaGetErrorString.restype = ctypes.c_char_p
 
     def _call(self, name: str, *arguments: Any, what: str) -> None:
@@ -89,6 +87,25 @@ class Cuda:
         self._call("cudaStreamCreate", ctypes.byref(stream), what="creating a stream")
         return stream.value or 0
 
+    def create_event(self) -> int:
+        """A new event without timing."""
+        event = ctypes.c_void_p()
+        self._call("cudaEventCreateWithFlags", ctypes.byref(event), ctypes.c_uint(_DISABLE_TIMING), what="creating an event")
+        return event.value or 0
+
+    def record(self, event: int, stream: int) -> None:
+        """Let ``event`` happen when ``stream`` has done what it has to do now."""
+        self._call("cudaEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream), what="recording an event")
+
+    def wait(self, stream: int, event: int) -> None:
+        """Let ``stream`` wait for ``event``; the host does not."""
+        arguments = ctypes.c_void_p(stream), ctypes.c_void_p(event), ctypes.c_uint(0)
+        self._call("cudaStreamWaitEvent", *arguments, what="waiting for an event")
+
+    def destroy_event(self, event: int) -> None:
+        """Give an event of :meth:`create_event` back."""
+        self._call("cudaEventDestroy", ctypes.c_void_p(event), what="destroying an event")
+
     def synchronize(self, stream: int) -> None:
         """Wait until ``stream`` has done its work."""
         self._call("cudaStreamSynchronize", ctypes.c_void_p(stream), what="waiting for the engine")
@@ -98,11 +115,23 @@ class Cuda:
         self._call("cudaStreamDestroy", ctypes.c_void_p(stream), what="destroying a stream")
 
 
+def _find() -> Any:
+    try:
+        from polygraphy.cuda import wrapper  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise QATError("running an engine needs polygraphy: install it with `pip install polygraphy`") from error
+    try:
+        return wrapper().handle
+    except OSError as error:
+        raise QATError(f"the CUDA runtime library (libcudart) was not found: {error}. Add it to LD_LIBRARY_PATH") from error
+
+
 class Buffer:
     """GPU memory that grows when more is asked for and is used again otherwise."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
+        self._finalizer: weakref.finalize[Any, Any] | None = None
         self.address = 0
         self.size = 0
 
@@ -114,10 +143,22 @@ class Buffer:
             self.close()
             self.address = self._cuda.allocate(size)
             self.size = size
+            self._finalizer = weakref.finalize(self, self._cuda.release, self.address)
+            # At exit the driver frees everything, and may already be gone.
+            self._finalizer.atexit = False
         return self.address
 
     def close(self) -> None:
         """Give the memory back."""
-        if self.address:
-            address, self.address, self.size = self.address, 0, 0
-            self._cuda.release(address)
+        if self._finalizer is not None:
+            self.address, self.size = 0, 0
+            self._finalizer()
+            self._finalizer = None
+
+
+def has_gpu() -> bool:
+    """Whether an engine can run here: a CUDA runtime, a driver and a device are there."""
+    try:
+        return Cuda().devices() > 0
+    except QATError:  # no CUDA runtime, or no polygraphy to load it
+        return False

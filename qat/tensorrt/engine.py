@@ -9,10 +9,13 @@ from typing import Any
 
 from ..errors import QATError
 from .context import ExecutionContext, TensorInfo, dtype_of, is_torch
-from .cuda import Cuda
+from .cuda import Cuda, has_gpu
 from .files import read_whole, write_whole
 from .log import BuildLog, make_logger
 from .runtime import Runtime, as_runtime
+
+# Records of an engine at work: enough to explain an error, bounded for a service that runs for months.
+_KEPT = 100
 
 
 class Engine:
@@ -47,7 +50,10 @@ class Engine:
         self._host_code = host_code
         self._engine: Any = None
         self._context: ExecutionContext | None = None
+        # The stream of NumPy runs, and the event and stream of the last run of any kind.
         self._stream = 0
+        self._done = 0
+        self._last_stream = 0
         self._device: int | None = None
         self._running = threading.Lock()
 
@@ -101,7 +107,7 @@ class Engine:
         Raises:
             QATError: If the engine cannot be deserialized.
         """
-        if self.runtime.is_rtx and self._engine is None and not self.cuda.devices():
+        if self.runtime.is_rtx and self._engine is None and not has_gpu():
             return None
         trt: Any = self.runtime.module
         information = self.handle.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
@@ -125,17 +131,18 @@ class Engine:
             if self._context is None:
                 self._context = ExecutionContext(self)
             context = self._context
+            arrays = context.check(inputs)
             try:
-                context.set_inputs(inputs)
-                example = next(iter(context.outputs.values()), None)
+                context.bind(arrays)
+                example: Any = next(iter(arrays.values()), None)
                 if is_torch(example):
                     import torch
 
-                    context.enqueue(torch.cuda.current_stream(example.device).cuda_stream)
+                    self._enqueue(context, torch.cuda.current_stream(example.device).cuda_stream)
                 else:
                     self._stream = self._stream or self.cuda.create_stream()
                     context.upload(self._stream)
-                    context.enqueue(self._stream)
+                    self._enqueue(context, self._stream)
                     context.download(self._stream)
                     self.cuda.synchronize(self._stream)
                 return context.detach()
@@ -167,6 +174,16 @@ class Engine:
             self._engine = None
             self._device = None
 
+    def _enqueue(self, context: ExecutionContext, stream: int) -> None:
+        """Start the context on ``stream``, after what it may still do on another stream: it has one activation memory."""
+        if not self._done:
+            self._done = self.cuda.create_event()
+        elif stream != self._last_stream:
+            self.cuda.wait(stream, self._done)
+        context.enqueue(stream)
+        self.cuda.record(self._done, stream)
+        self._last_stream = stream
+
     def _release(self) -> None:
         if self._context is not None:
             self._context.close()
@@ -174,6 +191,9 @@ class Engine:
         if self._stream:
             stream, self._stream = self._stream, 0
             self.cuda.destroy_stream(stream)
+        if self._done:
+            event, self._done = self._done, 0
+            self.cuda.destroy_event(event)
 
     def _deserialize(self) -> None:
         trt: Any = self.runtime.module
@@ -184,7 +204,7 @@ class Engine:
             )
         self._device = self.cuda.current_device()
         del self.load_log[:]
-        logger = make_logger(trt, self.load_log, verbose=False)
+        logger = make_logger(trt, self.load_log, verbose=False, keep=_KEPT)
         runtime = trt.Runtime(logger)
         if self._host_code:
             runtime.engine_host_code_allowed = True

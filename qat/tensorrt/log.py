@@ -42,13 +42,14 @@ class BuildLog(list[Record]):
         return "".join(f"\n  TensorRT: {message}" for message in seen[-last:])
 
 
-def make_logger(trt: Any, log: BuildLog, *, verbose: bool = True) -> Any:
+def make_logger(trt: Any, log: BuildLog, *, verbose: bool = True, keep: int | None = None) -> Any:
     """A TensorRT logger that writes into ``log``.
 
     Args:
         trt: The module ``tensorrt`` or ``tensorrt_rtx``.
         log: Where to.
         verbose: Whether to keep VERBOSE records, which list what every layer became.
+        keep: How many records to keep, the last ones; None for all.
     """
     # The base class exists only once a runtime is imported.
     severities = {getattr(trt.ILogger, name): name for name in (*_SEVERE, "WARNING", "INFO", "VERBOSE")}
@@ -62,5 +63,7 @@ def make_logger(trt: Any, log: BuildLog, *, verbose: bool = True) -> Any:
             name = severities[severity]
             if verbose or name != "VERBOSE":
                 log.append(Record(name, message))
+            if keep is not None:
+                del log[:-keep]
 
     return Logger()

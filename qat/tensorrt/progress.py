@@ -16,10 +16,14 @@ class Interruption:
 
     An exception raised inside TensorRT's callbacks would be printed and dropped by its bindings, so the signal is only
     noted here; the monitor cancels the build, and the error follows once TensorRT has returned.
+
+    Args:
+        cancels: Whether the version can stop a build; otherwise the user is told to wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, cancels: bool) -> None:
         self.requested = False
+        self._cancels = cancels
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -39,6 +43,8 @@ class Interruption:
             raise KeyboardInterrupt
 
     def _note(self, *_: object) -> None:
+        if not self.requested and not self._cancels:
+            print("Interrupted; this version of TensorRT finishes the step it is in first", file=sys.stderr)
         self.requested = True
 
 
