@@ -1,4 +1,4 @@
-"""From ONNX to an INT8 engine on TensorRT 8.6, 10, 11 and TensorRT-RTX: build, run, save, load.
+"""From ONNX to an INT8 engine on TensorRT 8.6, 10, 11 and TensorRT-RTX: build, run, save, load, inspect.
 
 Needs the runtime, NumPy and, to run engines, polygraphy; PyTorch and ONNX are used where they are there, never required.
 """
@@ -6,21 +6,25 @@ Needs the runtime, NumPy and, to run engines, polygraphy; PyTorch and ONNX are u
 from .build import build
 from .calibrators import EntropyCalibrator, EntropyCalibrator2, LegacyCalibrator, MinMaxCalibrator
 from .engine import Engine, ExecutionContext, TensorInfo, load
+from .inspect import Inspection, Site, inspect
 from .log import BuildLog, Record
 from .runtime import Runtime, find_runtime
 
 __all__ = [
     "build",
     "load",
+    "inspect",
     "find_runtime",
     "BuildLog",
     "Engine",
     "EntropyCalibrator",
     "EntropyCalibrator2",
     "ExecutionContext",
+    "Inspection",
     "LegacyCalibrator",
     "MinMaxCalibrator",
     "Record",
     "Runtime",
+    "Site",
     "TensorInfo",
 ]
