@@ -1,0 +1,156 @@
+"""ONNX files from anywhere: read without their weights, refused with a plain sentence if anything is wrong with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, numpy_helper
+
+from ..errors import QATError
+
+# Constants up to this size are looked at (scales, shapes, axes); the rest are weights, of which only the header counts.
+_SMALL = 65536
+_PROTOBUF_LIMIT = 2**31
+
+
+def read_model(path: str | os.PathLike[str]) -> ModelProto:
+    """The model of a file, external data left where it is.
+
+    Args:
+        path: An ONNX file.
+
+    Raises:
+        QATError: If it is missing, no ONNX file, or names external data outside its own folder or that is not there.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise QATError(f"{str(path)!r}: {'is a folder' if file.is_dir() else 'no such file'}. Pass an ONNX file")
+    try:
+        size = file.stat().st_size
+        if size >= _PROTOBUF_LIMIT:
+            raise QATError(f"{str(path)!r} has 2 GiB or more, which no ONNX file can have. Store the weights as external data")
+        # Not onnx.load by its file name: a name such as x.json would choose another format.
+        model = onnx.load_model_from_string(file.read_bytes())
+    except OSError as error:
+        raise QATError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    except DecodeError as error:
+        raise QATError(f"{str(path)!r} is no ONNX file, or cut short: {error}. Export it again") from error
+    if not model.HasField("graph") or not model.ir_version:
+        raise QATError(f"{str(path)!r} is no ONNX file: it holds no graph. Export it again")
+    _check_external_data(model, file)
+    return model
+
+
+def _check_external_data(model: ModelProto, file: Path) -> None:
+    folder = file.resolve().parent
+    for tensor in _tensors(model.graph):
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        blame = f"{str(file)!r}: the weights of {tensor.name!r} lie in {location!r}"
+        # A NUL makes Path.resolve raise.
+        if not location or "\0" in location:
+            raise QATError(f"{blame}, which is no file name. Export it again")
+        target = (folder / location).resolve()
+        if not target.is_relative_to(folder):
+            raise QATError(f"{blame}, outside the model's folder. Such a file is refused; move the data beside the model")
+        if not target.is_file():
+            raise QATError(f"{blame}, which is not there. Copy it beside the model")
+        try:
+            offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
+        except ValueError:
+            raise QATError(f"{blame}, with an offset or length that is no number. Export it again") from None
+        if offset < 0 or length < 0 or offset + length > target.stat().st_size:
+            raise QATError(f"{blame}, which is too short. Copy it again")
+
+
+def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every stored tensor, those of subgraphs included."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from _attribute_tensors(attribute)
+
+
+def _attribute_tensors(attribute: AttributeProto) -> Iterator[TensorProto]:
+    if attribute.HasField("t"):
+        yield attribute.t
+    yield from attribute.tensors
+    for subgraph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+        yield from _tensors(subgraph)
+
+
+def elements(tensor: TensorProto) -> int:
+    """Number of elements by the header."""
+    return int(np.prod(tensor.dims, dtype=np.int64))
+
+
+def values(tensor: TensorProto, folder: str | None) -> np.ndarray | None:
+    """The values of a small constant; ``None`` for a large one, or one that lies outside the model and nobody says where.
+
+    Args:
+        tensor: A constant.
+        folder: Where external data lies.
+
+    Raises:
+        QATError: If it holds another number of values than its shape says.
+    """
+    if elements(tensor) > _SMALL:
+        return None
+    if tensor.data_location == TensorProto.EXTERNAL:
+        if folder is None:
+            return None
+        loaded = TensorProto()
+        loaded.CopyFrom(tensor)
+        try:
+            onnx.external_data_helper.load_external_data_for_tensor(loaded, folder)
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise QATError(f"constant {tensor.name!r}: its external data cannot be read: {error}") from error
+        tensor = loaded
+    try:
+        return numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError) as error:
+        raise QATError(f"constant {tensor.name!r}: it does not hold what its shape says: {error}. Export it again") from error
+
+
+def outline(model: ModelProto) -> ModelProto:
+    """A copy without large constants, which become inputs: what the checker and the inference of types need.
+
+    Raises:
+        QATError: If the graph is invalid: cyclic, with a name used twice, an unknown operator or a missing input.
+    """
+    small = ModelProto()
+    small.ir_version = model.ir_version
+    small.opset_import.extend(model.opset_import)
+    small.functions.extend(model.functions)
+    graph = small.graph
+    graph.name = model.graph.name or "graph"
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.sparse_initializer.extend(model.graph.sparse_initializer)
+    for value in model.graph.output:
+        graph.output.add().CopyFrom(value)
+        if value.type.HasField("tensor_type"):
+            # The checker wants a shape, be it one of rank 0; the true one is inferred.
+            graph.output[-1].type.tensor_type.shape.SetInParent()
+    given = {value.name for value in graph.input}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL or elements(tensor) > _SMALL:
+            if tensor.name not in given:
+                graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+        else:
+            graph.initializer.append(tensor)
+    try:
+        onnx.checker.check_model(small)
+    except onnx.checker.ValidationError as error:
+        first = next(iter(str(error).strip().splitlines()), "invalid")
+        raise QATError(f"the graph is no valid ONNX: {first}. Export it again") from error
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return small

@@ -1,0 +1,188 @@
+"""What TensorRT refuses, or computes otherwise than ONNX says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, defs
+
+from ..view import DQ, Q, View, attribute, type_name
+from .finding import Finding, Rule, Target, name_of
+
+_UNSUPPORTED = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
+_FLOAT8 = frozenset(kind for name, kind in TensorProto.DataType.items() if name.startswith("FLOAT8"))
+_FOUR_BIT = frozenset(kind for name, kind in TensorProto.DataType.items() if name in ("INT4", "FLOAT4E2M1"))
+_ADA = 89
+
+
+def _names(view: View, target: Target) -> Iterator[Finding]:
+    seen: set[str] = set()
+    for node in view.nodes:
+        if not node.name:
+            problem = "it has no name, so layers cannot be told apart"
+            yield Finding(name_of(node), problem, "Name every node once", "note", "name")
+        elif node.name in seen:
+            # The parser names layers after nodes; that of a Q or DQ must not be taken.
+            level = "error" if node.op_type in (Q, DQ) else "note"
+            yield Finding(node.name, f"two nodes are named {node.name!r}", "Name every node once", level, "name")
+        seen.add(node.name)
+
+
+def _operators(view: View, target: Target) -> Iterator[Finding]:
+    for node in view.nodes:
+        if node.op_type in _UNSUPPORTED:
+            problem = f"TensorRT does not support {node.op_type}"
+            yield Finding(name_of(node), problem, "Use Q/DQ pairs around the float operator", rule="operator")
+        if node.op_type == "Identity" and node.input[0] in view.constants and target.is_any_of("8.6"):
+            problem = "Identity on a constant, which TensorRT 8 fails on"
+            yield Finding(name_of(node), problem, "Give each reader its own constant", rule="identity")
+
+
+def _scales(view: View, target: Target) -> Iterator[Finding]:
+    for node in view.qdq():
+        tensor = view.constant(node, 1)
+        if tensor is None:
+            # 8.6 demands a constant; TensorRT-RTX crashed on such graphs; 10 and 11 know computed scales.
+            level = "error" if target.is_any_of("8.6", "rtx") else "note"
+            problem = "the scale is computed in the graph; TensorRT 8 wants a constant"
+            yield Finding(name_of(node), problem, "Store the scale", level, "scale-constant")
+            continue
+        scale = view.value(node, 1)
+        if scale is not None and not (good := np.isfinite(scale) & (scale > 0)).all():
+            problem = f"{int((~good).sum())} scale(s) are not positive and finite, an error"
+            yield Finding(name_of(node), problem, "Calibrate again, or clamp the scale", rule="scale-positive")
+        if tensor.data_type == TensorProto.FLOAT16 and view.opset < 19:
+            problem = f"FP16 scales need opset 19, the graph has {view.opset}"
+            yield Finding(name_of(node), problem, "Export with opset >= 19, or FP32 scales", rule="fp16-opset")
+        if node.op_type == Q and target.version == "8.6" and view.element_type(node.input[0]) == TensorProto.FLOAT16:
+            problem = "FP16 data, but TensorRT 8 quantizes FP32 only"
+            yield Finding(
+                name_of(node), problem, "Cast to FP32 before it, or export in FP32 and build with fp16", rule="fp16-data"
+            )
+
+
+def _zero_points(view: View, target: Target) -> Iterator[Finding]:
+    for node in view.qdq():
+        name = name_of(node)
+        if len(node.input) < 3 or not node.input[2]:
+            # A DQ takes the type of its data.
+            if node.op_type == Q and not attribute(node, "output_dtype", 0):
+                problem = "no zero-point: UINT8 by the ONNX rule, INT8 in TensorRT"
+                yield Finding(name, problem, "Add an int8 zero", rule="zero-point-missing")
+            continue
+        tensor = view.constant(node, 2)
+        if tensor is None:
+            yield Finding(name, "the zero-point is no constant", "Store an int8 zero", rule="zero-point-constant")
+        elif tensor.data_type == TensorProto.UINT8:
+            problem = "UINT8 zero-point, which TensorRT reads as INT8 or refuses"
+            yield Finding(name, problem, "Use an int8 zero", rule="zero-point-type")
+        elif tensor.data_type in _FLOAT8 | _FOUR_BIT:
+            yield from _narrow_types(tensor.data_type, name, target)
+        elif tensor.data_type != TensorProto.INT8:
+            problem = f"{type_name(tensor.data_type)} zero-point, which TensorRT does not read"
+            yield Finding(name, problem, "Use an int8 zero", rule="zero-point-type")
+        elif (zero_point := view.value(node, 2)) is not None and zero_point.any():
+            problem = "the zero-point is not zero, an error in TensorRT"
+            yield Finding(name, problem, "Quantize symmetrically", rule="zero-point-zero")
+
+
+def _narrow_types(kind: int, name: str, target: Target) -> Iterator[Finding]:
+    if target.version == "8.6":
+        problem = f"{type_name(kind)}, which TensorRT 8 does not know"
+        yield Finding(name, problem, "Use INT8, or a newer TensorRT", rule="type-version")
+    elif kind in _FLOAT8 and target.sm is not None and target.sm < _ADA:
+        problem = f"{type_name(kind)}, which SM{target.sm} does not have"
+        yield Finding(name, problem, "Use INT8, or a GPU from SM89 on", rule="fp8-gpu")
+
+
+def _axes(view: View, target: Target) -> Iterator[Finding]:
+    """Per-channel scales fit the axis they belong to."""
+    for node in view.qdq():
+        scale = view.constant(node, 1)
+        if scale is None or len(scale.dims) != 1 or list(scale.dims) == [1]:
+            continue
+        shape = view.shape(view.weight(node) or node.input[0])
+        if shape is None:
+            continue
+        axis, rank = attribute(node, "axis", 1), len(shape)
+        if not -rank <= axis < rank:
+            problem = f"axis {axis} of a tensor of rank {rank}, an error in TensorRT"
+            yield Finding(name_of(node), problem, "Use the axis of the output channels", rule="axis")
+        elif shape[axis] not in (-1, scale.dims[0]):
+            problem = f"{scale.dims[0]} scales on axis {axis} of size {shape[axis]}, an error in TensorRT"
+            yield Finding(name_of(node), problem, "Use one scale for each output channel", rule="axis")
+
+
+def _stored_codes(view: View, target: Target) -> Iterator[Finding]:
+    for node in view.qdq():
+        if node.op_type == Q:
+            continue
+        data = view.constants.get(view.base(node.input[0]))
+        kind = view.element_type(node.input[0]) if data is None else data.data_type
+        if kind == TensorProto.INT32:
+            problem = "int32 data (a bias) behind DequantizeLinear, an error in TensorRT"
+            yield Finding(name_of(node), problem, "Keep the bias in float", rule="int32")
+        # A graph of opset 17 is one for TensorRT 8.
+        elif data is not None and (target.version == "8.6" or (target.version is None and view.opset <= 17)):
+            problem = "int8 weights without Q need TensorRT 10"
+            yield Finding(name_of(node), problem, "Export with opset >= 19, or float weights", rule="stored-codes")
+        if node.op_type == DQ and attribute(node, "output_dtype", 0) and target.version in ("8.6", "10"):
+            level = "error" if target.version == "8.6" else "note"
+            problem = "output_dtype needs a parser newer than that of TensorRT 10.1"
+            yield Finding(name_of(node), problem, "Write a Cast behind the pair instead", level, "output-dtype")
+
+
+def _types(view: View, target: Target) -> Iterator[Finding]:
+    """Inputs of which ONNX demands one type have one; FP16 data next to FP32 scales is the usual offender."""
+    for node in view.nodes:
+        if node.domain not in ("", "ai.onnx") or not defs.has(node.op_type):
+            continue
+        try:
+            schema = defs.get_schema(node.op_type, view.opset)
+        except defs.SchemaError:
+            continue
+        clash = _clash(view, node, schema)
+        if clash is not None:
+            yield Finding(name_of(node), f"{clash}; TensorRT wants one type", "Insert a Cast", rule="types")
+    if target.version == "8.6":
+        for node in view.nodes:
+            if any(view.element_type(output) == TensorProto.BFLOAT16 for output in node.output):
+                problem = "BF16, which TensorRT 8 does not know"
+                yield Finding(name_of(node), problem, "Export in FP32 or FP16", rule="type-version")
+                break
+
+
+def _clash(view: View, node: NodeProto, schema: onnx.defs.OpSchema) -> str | None:
+    seen: dict[str, tuple[str, int]] = {}
+    for i, name in enumerate(node.input):
+        # The last parameter of a variadic operator stands for the rest.
+        parameter = schema.inputs[min(i, len(schema.inputs) - 1)] if schema.inputs else None
+        kind = view.element_type(name) if name else 0
+        if (
+            parameter is None
+            or not kind
+            or (i >= len(schema.inputs) and parameter.option != schema.FormalParameterOption.Variadic)
+        ):
+            continue
+        if parameter.option == schema.FormalParameterOption.Variadic and not parameter.is_homogeneous:
+            continue
+        if parameter.type_str == "tensor(float)" and kind != TensorProto.FLOAT:
+            return f"its input {parameter.name} is {type_name(kind)}, FLOAT is demanded in opset {view.opset}"
+        first = seen.setdefault(parameter.type_str, (parameter.name, kind))
+        if first[1] != kind and "(" not in parameter.type_str:
+            return f"its input {parameter.name} is {type_name(kind)}, but {first[0]} is {type_name(first[1])}"
+    return None
+
+
+def _turing(view: View, target: Target) -> Iterator[Finding]:
+    if target.sm != 75 or not target.is_any_of("rtx"):
+        return
+    for node in view.nodes:
+        if node.op_type in ("Gemm", "MatMul") and view.element_type(node.output[0]) == TensorProto.FLOAT:
+            problem = "FP32 matrix products are refused by TensorRT-RTX on SM75"
+            yield Finding(name_of(node), problem, "Export in FP16", rule="turing")
+
+
+RULES: tuple[Rule, ...] = (_names, _operators, _scales, _zero_points, _axes, _stored_codes, _types, _turing)
