@@ -1,5 +1,6 @@
 """What ``qat.tensorrt.inspect`` tells of engines: TensorRT-RTX's really built, enterprise TensorRT's from recorded formats."""
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from export_nets import images, quantized, tiny
 from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
 from rtx import needs_rtx, not_int8
 from torch import nn
 from zoo import ZOO
@@ -179,7 +181,7 @@ def test_pooling_without_pairs_is_named(folder):
     )
     found = inspect(qat.export_onnx(quantized(model, images(), pool_inputs=False), folder / "pool.onnx", images(1)))
     pool = next(site for site in found.sites if site.group == "pool")
-    assert (pool.state, pool.reason) in {("fused", None), ("float", "no Q/DQ around it: quantize its input")}
+    assert (pool.state, pool.reason) == ("float", "no Q/DQ around it: quantize its input")
 
 
 @needs_rtx
@@ -206,6 +208,28 @@ def test_an_engine_without_its_file_lists_layers_alone(tiny_onnx):
 def test_an_engine_without_a_verbose_log_says_what_to_do(tiny_onnx):
     with pytest.raises(QATError, match="verbose"):
         inspect(qat.tensorrt.build(tiny_onnx, verbose_log=False))
+
+
+@needs_rtx
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the layers of a loaded engine can be read")
+def test_a_loaded_engine_without_its_gpu_says_what_to_do(tiny_onnx, tmp_path):
+    qat.tensorrt.build(tiny_onnx).save(tmp_path / "tiny.engine")
+    with pytest.raises(QATError, match=r"loaded, not built here.*Inspect the ONNX"):
+        inspect(tmp_path / "tiny.engine")
+
+
+@needs_rtx
+def test_a_model_in_memory_is_built_as_well_as_its_file(tiny_onnx, tiny_inspection):
+    assert inspect(onnx.load(tiny_onnx)).sites == tiny_inspection.sites
+
+
+@needs_rtx
+def test_rich_prints_names_as_they_are(tiny_inspection):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(tiny_inspection)
+    text = console.export_text()
+    assert tiny_inspection.coverage in text
+    assert "block1.quant_add0/Add" in text
 
 
 @needs_rtx

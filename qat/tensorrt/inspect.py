@@ -73,7 +73,7 @@ class Inspection:
             products = [layer for layer in self.layers if layer.is_mac]
             count = sum(layer.is_int8 for layer in products)
             regions = sum(layer.is_region for layer in self.layers)
-            inside = f", {regions} Myelin regions hide theirs" if regions else ""
+            inside = f", {regions} Myelin region{'s' if regions > 1 else ''} not listed" if regions else ""
             return f"{count} of {len(products)} kernels that multiply run in INT8{inside} (no ONNX graph to compare with)"
         parts = []
         for group in _PLURAL:
@@ -392,7 +392,8 @@ def _product_site(wish: Wish, where: _Where, target: str | None) -> Site:
     candidates = where.layers_of(wish.node)
     kernels = [i for i in candidates if where.layers[i].is_mac]
     # A kernel's tags may name its neighbours, too: the one that is called after the node comes first.
-    kernels = [i for i in kernels if where.layers[i].name.startswith(wish.node)] or kernels
+    own = (wish.node, f"{wish.node}_myl")
+    kernels = [i for i in kernels if where.layers[i].name == own[0] or where.layers[i].name.startswith(own[1])] or kernels
     for i in kernels:
         if where.layers[i].is_int8:
             return _site(wish, "int8", i)

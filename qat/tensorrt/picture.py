@@ -58,7 +58,10 @@ def draw(inspection: Inspection, path: str | os.PathLike[str], *, row_layers: in
     canvas = FigureCanvasAgg(figure)
     if path.suffix.lstrip(".") not in canvas.get_supported_filetypes():
         raise QATError(f"{path}: no picture format {path.suffix!r}. Use .png, .svg or .pdf")
-    adds = {site.layer for site in inspection.sites or () if site.group == "add" and site.layer is not None}
+    if inspection.sites is None:
+        adds = {i for i, layer in enumerate(inspection.layers) if _joins_tensors(layer)}
+    else:
+        adds = {site.layer for site in inspection.sites if site.group == "add" and site.layer is not None}
     lost = {site.layer for site in inspection.lost if site.layer is not None}
     timed = any(layer.time_ms for layer in inspection.layers)
     span = max(sum(_width(layer, timed) for _, layer in row) for row in rows)
@@ -75,6 +78,11 @@ def draw(inspection: Inspection, path: str | os.PathLike[str], *, row_layers: in
     figure.savefig(picture, dpi=110, format=path.suffix.lstrip("."))
     write_whole(path, picture.getvalue())
     return path
+
+
+def _joins_tensors(layer: EngineLayer) -> bool:
+    """Whether it adds two tensors, as far as names tell; without the graph there is nothing better."""
+    return len(layer.inputs) > 1 and any(re.search(r"(?:\A|/)Add(?:_\d+)?\Z", name) for name in layer.onnx_nodes)
 
 
 def _rows(layers: tuple[EngineLayer, ...], row_layers: int) -> list[list[tuple[int, EngineLayer]]]:
