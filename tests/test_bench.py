@@ -708,8 +708,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def network():
-    layers = [nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()]
-    return nn.Sequential(*[layer for _ in range(8) for layer in (nn.Conv2d(64, 64, 3, padding=1), *layers[1:])]).eval().cuda()
+    blocks = [(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()) for _ in range(8)]
+    return nn.Sequential(*[layer for block in blocks for layer in block]).eval().cuda()
 
 
 def bare_loop(run, runs):
@@ -795,7 +795,12 @@ def test_memory_that_does_not_suffice_is_said_and_given_back():
 def test_cuda_runtime_events_agree_with_pytorch():
     """The events that measure engines, on work of PyTorch's, without their own stream's order being assumed."""
     model, x = network(), torch.randn(64, 64, 56, 56, device="cuda")
-    events = CudaEvents()
+    try:
+        events = CudaEvents()
+    except QATError as error:
+        if "not found" in str(error):
+            pytest.skip(str(error))
+        raise
     torch.cuda.synchronize()
     stream = torch.cuda.ExternalStream(events.stream)
     try:

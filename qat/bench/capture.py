@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -219,7 +220,7 @@ def _record(
     module: nn.Module, run: Callable[[], Any], name: str, device: torch.device, warm_up: int
 ) -> tuple[Any, Callable[[], None]]:
     """Capture ``run``; returns its static outputs and the replay."""
-    stream = torch.cuda.Stream(device)
+    stream = _side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.device(device), torch.no_grad(), _uncached_autocast():
         with torch.cuda.stream(stream):
@@ -243,6 +244,12 @@ def _record(
                 raise QATError(_blame(where, error)) from error
     torch.cuda.current_stream(device).wait_stream(stream)
     return outputs, graph.replay
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a device: for each further one cuBLAS would keep another workspace for good."""
+    return torch.cuda.Stream(device)
 
 
 def _blame(where: list[str], error: RuntimeError) -> str:

@@ -56,7 +56,7 @@ class CudaRuntime:
     def __init__(self, library: Any = None) -> None:
         if library is None:
             try:
-                from polygraphy.cuda import wrapper
+                from polygraphy.cuda import wrapper  # type: ignore[import-untyped]
 
                 library = wrapper().handle
             except ImportError as error:

@@ -79,7 +79,7 @@ def load_nvml() -> ModuleType:
         QATError: If it is not installed.
     """
     try:
-        import pynvml
+        import pynvml  # type: ignore[import-untyped]
     except ImportError as error:
         raise QATError("no GPU load: install NVML's Python module with `pip install nvidia-ml-py`") from error
     return pynvml
