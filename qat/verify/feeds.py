@@ -39,7 +39,7 @@ def graph_feeds(graph: Graph, inputs: Any, argument: str) -> dict[str, np.ndarra
         argument: Name of the user's argument, for messages.
 
     Raises:
-        QATError: If number, shapes or types do not fit.
+        QATError: If number, shapes or types do not fit, or there is NaN among the values.
     """
     onnx, _ = import_onnx()
     names = [value.name for value in graph.inputs]
@@ -54,6 +54,8 @@ def graph_feeds(graph: Graph, inputs: Any, argument: str) -> dict[str, np.ndarra
         kind = value.type.tensor_type
         array = as_array(leaf)
         wanted = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        if np.issubdtype(array.dtype, np.floating) and np.isnan(array).any():
+            raise QATError(f"{argument}: {value.name} holds {int(np.isnan(array).sum())} NaN; INT8 codes would hide them")
         if array.dtype != wanted:
             # Another float type is a matter of precision, not of meaning.
             if not (np.issubdtype(array.dtype, np.floating) and onnx_float(kind.elem_type)):

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from ..export.report import Difference
 
@@ -167,14 +168,14 @@ class VerifyReport:
         if self.agreement:
             yield self._agreement_table()
         if self.departure is not None:
-            yield from self._departure_lines(self.departure)
+            # Names of nodes and files are no markup.
+            yield from map(Text, self._departure_lines(self.departure))
         yield "Result: " + ("equal within rounding" if self.ok else "DIFFERENT")
 
     def __str__(self) -> str:
         console = Console(width=128, color_system=None, force_terminal=False)
         with console.capture() as capture:
-            # File and node names are no markup.
-            console.print(self, markup=False, highlight=False)
+            console.print(self)
         return capture.get()
 
     def _output_table(self) -> Table:
@@ -195,7 +196,7 @@ class VerifyReport:
                 if diff is not None:
                     top1 = "" if diff.top1 is None else f"{diff.top1:.2%}"
                     numbers = (f"{diff.max_abs:.3g}", f"{diff.max_rel:.3g}", f"{diff.sqnr:.1f}")
-                    table.add_row(o.name, label, *numbers, top1, verdict)
+                    table.add_row(Text(o.name), label, *numbers, top1, verdict)
             table.add_section()
         return table
 
@@ -204,7 +205,7 @@ class VerifyReport:
         for column in ("output", "compared", "samples", "equal"):
             table.add_column(column, justify="left" if column in ("output", "compared") else "right", overflow="fold")
         for a in self.agreement:
-            table.add_row(a.output, a.pair, f"{a.samples}", f"{a.equal:.2%}")
+            table.add_row(Text(a.output), a.pair, f"{a.samples}", f"{a.equal:.2%}")
         return table
 
     def _departure_lines(self, departure: Departure) -> list[str]:
