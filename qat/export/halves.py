@@ -12,7 +12,7 @@ import onnxruntime
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import QATError
-from .precision import DQ, SMALLEST_HALF, Plan, Q
+from .precision import DQ, SMALLEST_HALF, Plan, Q, peak_of
 
 LARGEST_HALF = float(np.finfo(np.float16).max)
 _LISTED = 10
@@ -56,7 +56,7 @@ def refuse_overflow(model: onnx.ModelProto, plan: Plan, feeds: Mapping[str, np.n
         QATError: Naming nodes and magnitudes.
     """
     becomes_half = plan.becomes_half()
-    peaks = {name: _peak(numpy_helper.to_array(plan.constants[name])) for name in becomes_half if name in plan.constants}
+    peaks = {name: peak_of(numpy_helper.to_array(plan.constants[name])) for name in becomes_half if name in plan.constants}
     computed = [name for name in becomes_half if name not in plan.constants]
     nodes: list[NodeProto] = []
     for i, name in enumerate(computed):
@@ -149,11 +149,6 @@ def rounded_scale(scale: np.ndarray, element_type: int) -> np.ndarray:
     """``scale`` in half; what would become 0 is the smallest positive value, since TensorRT refuses a scale of 0."""
     smallest = SMALLEST_HALF if element_type == TensorProto.FLOAT16 else 0.0
     return np.maximum(scale, np.float32(smallest)).astype(helper.tensor_dtype_to_np_dtype(element_type))
-
-
-def _peak(values: np.ndarray) -> float:
-    magnitudes = np.abs(values)
-    return float(magnitudes[np.isfinite(magnitudes)].max(initial=0.0))
 
 
 def _run(

@@ -28,7 +28,7 @@ from ..errors import QATError
 from ..inputs import tensors
 from ..numerics import INT8
 from ..quantizer import is_prepared, quantizers
-from . import graph, halves
+from . import graph, halves, retype
 from . import opset as opsets
 from . import precision as precisions
 from .check import check_onnx
@@ -71,8 +71,8 @@ def export_onnx(
         precision: What everything that is not quantized computes in: ``"fp32"``, ``"fp16"`` or ``"bf16"``. TensorRT 11 and
             TensorRT-RTX compute what the file says. For TensorRT 8.6 leave it at ``"fp32"`` and build with the FP16 and
             INT8 flags. The scales stay in float32, so that codes do not change; what else does is told in
-            :mod:`qat.export.precision`. From opset 23 there is one node less at each end of a Q/DQ pair. ``"bf16"`` needs
-            opset 22, and ONNX Runtime's CPU kernels do not run it.
+            :mod:`qat.export.precision`. From opset 23 there are no Casts around Q/DQ pairs, which needs a recent parser, and
+            ONNX Runtime without graph optimizations. ``"bf16"`` needs opset 22, and ONNX Runtime's CPU kernels do not run it.
         dynamic_batch: Leave the first dimension of the inputs open. Inputs whose first dimension differs from that of
             the first input keep their shape.
         external_data: Store the weights beside the file, in ``<name>.data``.
@@ -134,6 +134,8 @@ def export_onnx(
 
 
 def _refuse_precision(precision: str, opset: int | None, half_io: bool, half_scales: bool, fp32_nodes: Sequence[str]) -> None:
+    if isinstance(fp32_nodes, str):
+        raise QATError(f"fp32_nodes={fp32_nodes!r}: pass a list of names or patterns")
     if precision == "fp32":
         for name, value in (("half_io", half_io), ("half_scales", half_scales), ("fp32_nodes", fp32_nodes)):
             if value:
@@ -171,7 +173,7 @@ def _to_half(
         halves.round_scales(proto, plan.element_type)
         graph.set_metadata(proto, {"qat.changed_codes": json.dumps({"changed": changed.changed, "total": changed.total})})
         warnings.warn(f"half_scales=True: {changed}", stacklevel=4)
-    precisions.apply(proto, plan)
+    retype.apply(proto, plan)
     graph.drop_unused(proto.graph)
 
 

@@ -13,7 +13,7 @@ What stays in float32, and why:
 * **Operators whose intermediate results leave the range or the precision of half** (:data:`UNSAFE`): exponentials,
   powers, logarithms, roots and the sums of reductions. Normalizations with a ``stash_type`` and attention with a
   ``softmax_precision`` say themselves that they compute in float32 inside, and take half data.
-* **Operators with a constant that half cannot hold**: an epsilon that would become subnormal or 0, a mask of -1e9.
+* **Cheap operators with a constant that half cannot hold**: an epsilon that would become subnormal or 0, a mask of -1e9.
 * **What computes shapes and indices from shapes**: half counts to 2048 only.
 * **Cheap operators between two that stay in float32**: Casts around them would cost more than they save.
 """
@@ -61,6 +61,8 @@ _HEAVY = frozenset(
         *("Resize", "GridSample", "RoiAlign", "LayerNormalization", "RMSNormalization", "BatchNormalization"),
     }
 )
+# Attributes by which an operator says that it computes in float32 inside.
+INTERNAL_PRECISION = frozenset({"stash_type", "softmax_precision"})
 # They read the shape, or convert from any type.
 _INDIFFERENT = frozenset({"Cast", "Shape", "Size"})
 
@@ -75,7 +77,9 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class _Node:
+class PlannedNode:
+    """A node and its float32 tensors."""
+
     proto: NodeProto
     reads: tuple[Slot, ...]
     writes: tuple[Slot, ...]
@@ -99,7 +103,7 @@ class Plan:
 
     element_type: int
     opset: int
-    nodes: list[_Node]
+    nodes: list[PlannedNode]
     half: list[bool]
     half_io: bool
     half_scales: bool
@@ -126,9 +130,17 @@ class Plan:
     def reads_half(self, index: int, slot: Slot) -> bool | None:
         """Whether the node wants that tensor in half; ``None`` if it takes either."""
         op = self.nodes[index].proto.op_type
-        if op in _INDIFFERENT or (op == Q and self.opset >= OUTPUT_DTYPE_OPSET and not self.half_scales and slot.index == 0):
+        if op in (Q, DQ) and slot.index == 1:
+            return self.half_scales
+        if op in _INDIFFERENT or (op == Q and self.types_apart and not self.half_scales):
             return None
         return self.half[index] and slot.halvable
+
+    def uses(self, writes: Sequence[Slot]) -> Iterator[tuple[int, Slot]]:
+        """Who reads these tensors, and where."""
+        for written in writes:
+            for reader in self.readers.get(written.tensor, ()):
+                yield from ((reader, slot) for slot in self.nodes[reader].reads if slot.tensor == written.tensor)
 
     def becomes_half(self) -> dict[str, list[int]]:
         """Tensors that are half somewhere, constants included, and the nodes that make them so: writer and readers."""
@@ -200,6 +212,10 @@ def decide(
             result.half[index] = bool(node.writes)
     _join_islands(result)
     _keep_between(result)
+    for index, node in enumerate(nodes):
+        wishes = {result.reads_half(reader, slot) for reader, slot in result.uses(node.writes)}
+        if node.proto.op_type == DQ and not half_scales and wishes == {False}:
+            result.half[index] = False
     return result
 
 
@@ -231,7 +247,7 @@ def _without_weights(model: onnx.ModelProto, most: int = 1024) -> onnx.ModelProt
     return stub
 
 
-def _node(proto: NodeProto, model: onnx.ModelProto, types: dict[str, int], element_type: int) -> _Node:
+def _node(proto: NodeProto, model: onnx.ModelProto, types: dict[str, int], element_type: int) -> PlannedNode:
     if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in proto.attribute):
         raise QATError(
             f"{proto.name} ({proto.op_type}): control flow cannot be typed here. Write the model without it, or export with "
@@ -258,12 +274,10 @@ def _node(proto: NodeProto, model: onnx.ModelProto, types: dict[str, int], eleme
                 variable = formals[min(i, len(formals) - 1)].type_str
                 yield Slot(i, name, wanted in allowed.get(variable, ()))
 
-    return _Node(proto, tuple(slots(proto.input, schema.inputs)), tuple(slots(proto.output, schema.outputs)))
+    return PlannedNode(proto, tuple(slots(proto.input, schema.inputs)), tuple(slots(proto.output, schema.outputs)))
 
 
-def _forced(nodes: list[_Node], patterns: Sequence[str]) -> set[int]:
-    if isinstance(patterns, str):
-        raise QATError(f"fp32_nodes={patterns!r}: pass a list of names or patterns")
+def _forced(nodes: list[PlannedNode], patterns: Sequence[str]) -> set[int]:
     found: set[int] = set()
     for pattern in patterns:
         matching = {i for i, node in enumerate(nodes) if fnmatch.fnmatchcase(node.proto.name, pattern)}
@@ -275,7 +289,7 @@ def _forced(nodes: list[_Node], patterns: Sequence[str]) -> set[int]:
     return found
 
 
-def _is_unsafe(node: _Node, plan: Plan) -> bool:
+def _is_unsafe(node: PlannedNode, plan: Plan) -> bool:
     op = node.proto.op_type
     if not any(slot.halvable for slot in (*node.reads, *node.writes)):
         return True
@@ -292,16 +306,21 @@ def _is_unsafe(node: _Node, plan: Plan) -> bool:
 
 def _stashes(node: NodeProto, opset: int) -> bool:
     """Whether an attribute of the operator makes it compute in float32 inside."""
-    return bool({"stash_type", "softmax_precision"} & set(onnx.defs.get_schema(node.op_type, opset, node.domain).attributes))
+    return bool(INTERNAL_PRECISION & set(onnx.defs.get_schema(node.op_type, opset, node.domain).attributes))
 
 
 def _is_lost(tensor: TensorProto, element_type: int) -> bool:
-    """Whether a scalar is beyond what half can hold: too large, or so small that it becomes subnormal."""
-    if int(np.prod(tensor.dims)) != 1 or element_type != TensorProto.FLOAT16:
+    """Whether a constant is beyond what half can hold: too large somewhere, or so small that all of it becomes subnormal."""
+    if element_type != TensorProto.FLOAT16:
         return False
-    value = abs(float(numpy_helper.to_array(tensor).reshape(())))
-    info = np.finfo(np.float16)
-    return np.isfinite(value) and value != 0 and not float(info.tiny) <= value <= float(info.max)
+    peak, info = peak_of(numpy_helper.to_array(tensor)), np.finfo(np.float16)
+    return peak != 0 and not float(info.tiny) <= peak <= float(info.max)
+
+
+def peak_of(values: np.ndarray) -> float:
+    """The largest finite magnitude; 0 if there is none."""
+    magnitudes = np.abs(values)
+    return float(magnitudes[np.isfinite(magnitudes)].max(initial=0.0))
 
 
 def _index_arithmetic(plan: Plan, model: onnx.ModelProto) -> set[int]:
@@ -359,24 +378,16 @@ def _keep_between(plan: Plan) -> None:
     def is_float(index: int) -> bool:
         return index in candidates or not plan.half[index]
 
-    def fits(node: _Node, index: int) -> bool:
+    def fits(node: PlannedNode, index: int) -> bool:
         for slot in node.reads:
             source = plan.producer.get(slot.tensor)
             if slot.tensor in plan.constants or not slot.halvable:
                 continue
             if plan.half_io if source is None else not is_float(source):
                 return False
-        for slot in node.writes:
-            if slot.tensor in plan.outputs and plan.half_io:
-                return False
-            for reader in plan.readers.get(slot.tensor, ()):
-                if reader not in candidates and any(
-                    plan.reads_half(reader, other) is not False
-                    for other in plan.nodes[reader].reads
-                    if other.tensor == slot.tensor
-                ):
-                    return False
-        return True
+        if plan.half_io and any(slot.tensor in plan.outputs for slot in node.writes):
+            return False
+        return all(reader in candidates or plan.reads_half(reader, slot) is False for reader, slot in plan.uses(node.writes))
 
     changed = True
     while changed:
@@ -385,134 +396,3 @@ def _keep_between(plan: Plan) -> None:
         changed = bool(leaving)
     for index in candidates:
         plan.half[index] = False
-
-
-def apply(model: onnx.ModelProto, plan: Plan) -> None:
-    """Carry out ``plan`` in place: Casts where the types of writer and reader differ, constants stored in their type."""
-    _Rewriter(model, plan).run()
-
-
-class _Rewriter:
-    def __init__(self, model: onnx.ModelProto, plan: Plan) -> None:
-        self.graph = model.graph
-        self.plan = plan
-        self.name = TensorProto.DataType.Name(plan.element_type).lower()
-        self.done: list[NodeProto] = []
-        self.made: dict[tuple[str, bool], str] = {}
-        self.taken = {name for node in self.graph.node for name in (node.name, *node.input, *node.output)}
-        self.taken.update(value.name for value in (*self.graph.input, *self.graph.output, *self.graph.initializer))
-        # What replaces a graph output that must be converted at the border.
-        self.inner: dict[str, str] = {}
-
-    def run(self) -> None:
-        plan = self.plan
-        for name in sorted(plan.outputs & set(plan.producer)):
-            if plan.is_half(name) != plan.half_io:
-                self.inner[name] = self._unique(f"{name}/{self.name if plan.is_half(name) else 'float'}")
-        for index, node in enumerate(plan.nodes):
-            self._node(index, node)
-        for name, inner in self.inner.items():
-            self.done.append(self._cast(inner, name, plan.half_io))
-        del self.graph.node[:]
-        self.graph.node.extend(self.done)
-        for value in (*self.graph.input, *self.graph.output):
-            if plan.half_io and value.type.tensor_type.elem_type == FLOAT:
-                value.type.tensor_type.elem_type = plan.element_type
-
-    def _node(self, index: int, node: _Node) -> None:
-        plan, proto = self.plan, onnx.NodeProto()
-        proto.CopyFrom(node.proto)
-        if plan.half[index]:
-            self._retype(proto, node)
-        if proto.op_type == "BatchNormalization" and plan.half[index]:
-            self._combine(proto)
-        for slot in node.reads:
-            wanted = plan.reads_half(index, slot)
-            if proto.op_type in (Q, DQ) and slot.index == 1:
-                wanted = plan.half_scales
-            if wanted is None or proto.input[slot.index] != slot.tensor:
-                proto.input[slot.index] = self.inner.get(proto.input[slot.index], proto.input[slot.index])
-            elif slot.tensor in plan.constants:
-                proto.input[slot.index] = self._constant(slot.tensor, wanted)
-            else:
-                proto.input[slot.index] = self._tensor(slot.tensor, wanted)
-        for i, name in enumerate(proto.output):
-            proto.output[i] = self.inner.get(name, name)
-        self.done.append(proto)
-
-    def _retype(self, proto: NodeProto, node: _Node) -> None:
-        """Attributes that name a type."""
-        float_output = any(slot.halvable for slot in node.writes)
-        attributes = {a.name: a for a in proto.attribute}
-        if proto.op_type == "Cast" and float_output:
-            attributes["to"].i = self.plan.element_type
-        elif proto.op_type == DQ and not self.plan.half_scales:
-            proto.attribute.append(helper.make_attribute("output_dtype", self.plan.element_type))
-        elif proto.op_type in ("Constant", "ConstantOfShape") and float_output:
-            given = attributes.get("value")
-            value = numpy_helper.to_array(given.t) if given is not None else np.zeros(1, np.float32)
-            del proto.attribute[:]
-            proto.attribute.append(helper.make_attribute("value", _converted(value, "", self.plan.element_type)))
-        schema = onnx.defs.get_schema(proto.op_type, self.plan.opset, proto.domain)
-        for name in {"stash_type", "softmax_precision"} & set(schema.attributes) - set(attributes):
-            proto.attribute.append(helper.make_attribute(name, FLOAT))
-
-    def _combine(self, proto: NodeProto) -> None:
-        """Batch normalization as one factor and one summand a channel, computed in float64.
-
-        Rounded one by one to half, a small variance would be subnormal, a large one infinite.
-        """
-        names = list(proto.input[1:5])
-        if any(name not in self.plan.constants for name in names) or any(
-            a.name == "training_mode" and a.i for a in proto.attribute
-        ):
-            return
-        scale, bias, mean, variance = (numpy_helper.to_array(self.plan.constants[name]).astype(np.float64) for name in names)
-        epsilon = next((a.f for a in proto.attribute if a.name == "epsilon"), 1e-5)
-        factor = scale / np.sqrt(variance + epsilon)
-        values = (factor, bias - mean * factor, np.zeros_like(mean), np.ones_like(variance))
-        for i, (kind, value) in enumerate(zip(("factor", "summand", "zeros", "ones"), values, strict=True), start=1):
-            name = self._unique(f"{proto.name}/{kind}")
-            self.graph.initializer.append(_converted(value.astype(np.float32), name, self.plan.element_type))
-            proto.input[i] = name
-        kept = [a for a in proto.attribute if a.name != "epsilon"]
-        del proto.attribute[:]
-        proto.attribute.extend([*kept, helper.make_attribute("epsilon", 0.0)])
-
-    def _tensor(self, name: str, half: bool) -> str:
-        """``name`` in the type wanted, through a Cast if it has the other one."""
-        inner = self.inner.get(name, name)
-        if self.plan.is_half(name) == half:
-            return inner
-        # The graph's output at the border is that Cast already, but it comes last: readers have one of their own.
-        if (name, half) not in self.made:
-            self.made[name, half] = self._unique(f"{name}/{self.name if half else 'float'}")
-            self.done.append(self._cast(inner, self.made[name, half], half))
-        return self.made[name, half]
-
-    def _constant(self, name: str, half: bool) -> str:
-        if not half:
-            return name
-        if (name, True) not in self.made:
-            made = self.made[name, True] = self._unique(f"{name}/{self.name}")
-            values = numpy_helper.to_array(self.plan.constants[name])
-            self.graph.initializer.append(_converted(values, made, self.plan.element_type))
-        return self.made[name, True]
-
-    def _cast(self, source: str, target: str, half: bool) -> NodeProto:
-        kind = self.plan.element_type if half else FLOAT
-        return helper.make_node("Cast", [source], [target], self._unique(f"{target}/Cast"), to=kind)
-
-    def _unique(self, base: str) -> str:
-        name, count = base, 0
-        while name in self.taken:
-            count += 1
-            name = f"{base}_{count}"
-        self.taken.add(name)
-        return name
-
-
-def _converted(values: np.ndarray, name: str, element_type: int) -> TensorProto:
-    dtype = helper.tensor_dtype_to_np_dtype(element_type)
-    with np.errstate(over="ignore"):
-        return numpy_helper.from_array(np.asarray(values).astype(dtype), name)
