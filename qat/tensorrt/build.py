@@ -476,7 +476,7 @@ def _run_builder(
 
 def _remedy(log: BuildLog) -> str:
     text = " ".join(log.errors()).lower()
-    if "memory" in text and ("out of" in text or "insufficient" in text or "alloc" in text):
+    if any(words in text for words in ("outofmemory", "out of memory", "insufficient memory", "insufficient workspace")):
         return ". GPU memory did not suffice: lower batch=, shapes= or workspace=, or free memory"
     if "cuda initialization" in text or "cudaerror 35" in text:
         return ". It needs a GPU and its driver"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,12 +84,13 @@ class ExecutionContext:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._cuda = engine.cuda
+        # Not the engine itself, which may hold this context: memory of a circle would be freed late.
         self._context = engine.handle.create_execution_context()
+        self._cuda, self._device, self._log = engine.cuda, engine.device, engine.load_log
+        self._signature = engine.inputs, engine.outputs
         if self._context is None:
-            raise QATError(f"no memory for the engine's activations. Build for a smaller batch{engine.load_log.quote()}")
-        self._buffers = {info.name: Buffer(self._cuda) for info in (*engine.inputs, *engine.outputs)}
+            raise QATError(f"no memory for the engine's activations. Build for a smaller batch{self._log.quote()}")
+        self._buffers = {info.name: Buffer(self._cuda) for info in chain(*self._signature)}
         self._inputs: dict[str, Any] = {}
         self.outputs: dict[str, Any] = {}
 
@@ -123,7 +125,7 @@ class ExecutionContext:
             QATError: If a name, dtype, shape, device or memory layout does not fit.
         """
         arrays = self._named(inputs)
-        for info in self._engine.inputs:
+        for info in self._signature[0]:
             _check(info, arrays[info.name])
         self._check_devices(arrays)
         return arrays
@@ -134,16 +136,16 @@ class ExecutionContext:
         Raises:
             QATError: If the GPU's memory does not suffice.
         """
-        for info in self._engine.inputs:
+        for info in self._signature[0]:
             shape = tuple(arrays[info.name].shape)
             if not self._context.set_input_shape(info.name, shape):
-                raise QATError(f"input {info.name!r}: TensorRT refuses shape {list(shape)}{self._engine.load_log.quote()}")
-        outputs = {info.name: self._output(info, arrays) for info in self._engine.outputs}
-        for info in (*self._engine.inputs, *self._engine.outputs):
+                raise QATError(f"input {info.name!r}: TensorRT refuses shape {list(shape)}{self._log.quote()}")
+        outputs = {info.name: self._output(info, arrays) for info in self._signature[1]}
+        for info in chain(*self._signature):
             value: Any = arrays.get(info.name, outputs.get(info.name))
             address = value.data_ptr() if is_torch(value) else self._buffers[info.name].reserve(_size(value))
             if not self._context.set_tensor_address(info.name, address or self._buffers[info.name].reserve(1)):
-                raise QATError(f"{info.name!r}: TensorRT refuses its address{self._engine.load_log.quote()}")
+                raise QATError(f"{info.name!r}: TensorRT refuses its address{self._log.quote()}")
         self._inputs, self.outputs = arrays, outputs
 
     def upload(self, stream: int) -> None:
@@ -162,7 +164,7 @@ class ExecutionContext:
             QATError: If the launch fails.
         """
         if not self._context.execute_async_v3(stream):
-            raise QATError(f"the engine did not start{self._engine.load_log.quote()}")
+            raise QATError(f"the engine did not start{self._log.quote()}")
 
     def download(self, stream: int) -> None:
         """Copy the outputs into the NumPy arrays of :attr:`outputs` in the order of ``stream``."""
@@ -183,7 +185,7 @@ class ExecutionContext:
             buffer.close()
 
     def _named(self, inputs: Any) -> dict[str, Any]:
-        wanted = [info.name for info in self._engine.inputs]
+        wanted = [info.name for info in self._signature[0]]
         if isinstance(inputs, Mapping):
             arrays = dict(inputs)
         else:
@@ -201,7 +203,7 @@ class ExecutionContext:
         kinds = {is_torch(value) for value in arrays.values()}
         if len(kinds) > 1:
             raise QATError("inputs mix NumPy arrays and PyTorch tensors. Pass one kind")
-        device = self._engine.device
+        device = self._device
         for name, value in arrays.items():
             if is_torch(value) and not value.is_cuda:
                 raise QATError(f"input {name!r} is on the {value.device.type}. Pass a CUDA tensor, or a NumPy array")

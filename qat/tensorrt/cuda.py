@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import QATError
@@ -102,6 +103,10 @@ class Cuda:
         arguments = ctypes.c_void_p(stream), ctypes.c_void_p(event), ctypes.c_uint(0)
         self._call("cudaStreamWaitEvent", *arguments, what="waiting for an event")
 
+    def synchronize_event(self, event: int) -> None:
+        """Wait until ``event`` has happened."""
+        self._call("cudaEventSynchronize", ctypes.c_void_p(event), what="waiting for the engine")
+
     def destroy_event(self, event: int) -> None:
         """Give an event of :meth:`create_event` back."""
         self._call("cudaEventDestroy", ctypes.c_void_p(event), what="destroying an event")
@@ -126,34 +131,48 @@ def _find() -> Any:
         raise QATError(f"the CUDA runtime library (libcudart) was not found: {error}. Add it to LD_LIBRARY_PATH") from error
 
 
+class Handle:
+    """Something of CUDA's that is given back once: on :meth:`close`, or when nobody holds this object any more."""
+
+    def __init__(self, address: int, give_back: Callable[[int], None]) -> None:
+        self.address = address
+        self._finalizer = weakref.finalize(self, give_back, address)
+        # At exit the driver frees everything, and may already be gone.
+        self._finalizer.atexit = False
+
+    def close(self) -> None:
+        """Give it back."""
+        self._finalizer()
+
+
 class Buffer:
     """GPU memory that grows when more is asked for and is used again otherwise."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self._finalizer: weakref.finalize[Any, Any] | None = None
-        self.address = 0
-        self.size = 0
+        self._memory: Handle | None = None
+        self._size = 0
+
+    @property
+    def address(self) -> int:
+        """Where it lies; 0 if there is none."""
+        return self._memory.address if self._memory is not None else 0
 
     def reserve(self, size: int) -> int:
         """Address of at least ``size`` bytes; what was there before may be gone."""
         # TensorRT wants an address even for an empty tensor.
         size = max(size, 1)
-        if size > self.size:
+        if size > self._size:
             self.close()
-            self.address = self._cuda.allocate(size)
-            self.size = size
-            self._finalizer = weakref.finalize(self, self._cuda.release, self.address)
-            # At exit the driver frees everything, and may already be gone.
-            self._finalizer.atexit = False
+            self._memory = Handle(self._cuda.allocate(size), self._cuda.release)
+            self._size = size
         return self.address
 
     def close(self) -> None:
         """Give the memory back."""
-        if self._finalizer is not None:
-            self.address, self.size = 0, 0
-            self._finalizer()
-            self._finalizer = None
+        if self._memory is not None:
+            self._memory.close()
+        self._memory, self._size = None, 0
 
 
 def has_gpu() -> bool:

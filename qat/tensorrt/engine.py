@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import QATError
 from .context import ExecutionContext, TensorInfo, dtype_of, is_torch
-from .cuda import Cuda, has_gpu
+from .cuda import Cuda, Handle, has_gpu
 from .files import read_whole, write_whole
 from .log import BuildLog, make_logger
 from .runtime import Runtime, as_runtime
@@ -51,8 +51,8 @@ class Engine:
         self._engine: Any = None
         self._context: ExecutionContext | None = None
         # The stream of NumPy runs, and the event and stream of the last run of any kind.
-        self._stream = 0
-        self._done = 0
+        self._stream: Handle | None = None
+        self._done: Handle | None = None
         self._last_stream = 0
         self._device: int | None = None
         self._running = threading.Lock()
@@ -140,11 +140,13 @@ class Engine:
 
                     self._enqueue(context, torch.cuda.current_stream(example.device).cuda_stream)
                 else:
-                    self._stream = self._stream or self.cuda.create_stream()
-                    context.upload(self._stream)
-                    self._enqueue(context, self._stream)
-                    context.download(self._stream)
-                    self.cuda.synchronize(self._stream)
+                    if self._stream is None:
+                        self._stream = Handle(self.cuda.create_stream(), self.cuda.destroy_stream)
+                    stream = self._stream.address
+                    context.upload(stream)
+                    self._enqueue(context, stream)
+                    context.download(stream)
+                    self.cuda.synchronize(stream)
                 return context.detach()
             except QATError:
                 # After a failed launch or allocation neither its memory nor its state is of use.
@@ -170,30 +172,31 @@ class Engine:
     def close(self) -> None:
         """Give the GPU memory back; the engine can be used again, which deserializes it anew."""
         with self._running:
+            if self._done is not None:
+                # What PyTorch runs have started must not lose its memory.
+                self.cuda.synchronize_event(self._done.address)
             self._release()
             self._engine = None
             self._device = None
 
     def _enqueue(self, context: ExecutionContext, stream: int) -> None:
         """Start the context on ``stream``, after what it may still do on another stream: it has one activation memory."""
-        if not self._done:
-            self._done = self.cuda.create_event()
+        if self._done is None:
+            self._done = Handle(self.cuda.create_event(), self.cuda.destroy_event)
         elif stream != self._last_stream:
-            self.cuda.wait(stream, self._done)
+            self.cuda.wait(stream, self._done.address)
         context.enqueue(stream)
-        self.cuda.record(self._done, stream)
+        self.cuda.record(self._done.address, stream)
         self._last_stream = stream
 
     def _release(self) -> None:
         if self._context is not None:
             self._context.close()
             self._context = None
-        if self._stream:
-            stream, self._stream = self._stream, 0
-            self.cuda.destroy_stream(stream)
-        if self._done:
-            event, self._done = self._done, 0
-            self.cuda.destroy_event(event)
+        for handle in (self._stream, self._done):
+            if handle is not None:
+                handle.close()
+        self._stream = self._done = None
 
     def _deserialize(self) -> None:
         trt: Any = self.runtime.module
