@@ -7,7 +7,6 @@ from .build import build
 from .calibrators import EntropyCalibrator, EntropyCalibrator2, LegacyCalibrator, MinMaxCalibrator
 from .engine import Engine, ExecutionContext, TensorInfo, load
 from .inspect import Inspection, Site, inspect
-from .inspect import Inspection, inspect
 from .log import BuildLog, Record
 from .runtime import Runtime, find_runtime
 
@@ -15,14 +14,12 @@ __all__ = [
     "build",
     "load",
     "inspect",
-    "inspect",
     "find_runtime",
     "BuildLog",
     "Engine",
     "EntropyCalibrator",
     "EntropyCalibrator2",
     "ExecutionContext",
-    "Inspection",
     "Inspection",
     "LegacyCalibrator",
     "MinMaxCalibrator",
