@@ -210,6 +210,13 @@ def test_an_fp16_engine_of_a_healthy_graph_is_ok(model, path):
     assert report.ok
 
 
+def test_rounding_to_fp16_explains_nothing_where_it_is_ruled_out(path):
+    engine = Builder(half=True).engine(path)
+    checked = {fp16: verify(None, path, engine, images(4), fp16=fp16, tolerance=0, locate=False) for fp16 in (True, False)}
+    assert checked[False].outputs[0].limit > checked[True].outputs[0].limit
+    assert checked[False].outputs[0].limit == checked[True].outputs[0].limit_fp32
+
+
 def test_engine_error_is_that_of_numpy(path):
     engine = Builder(half=True).engine(path)
     found = verify(None, path, engine, images(4)).outputs[0].engine
@@ -300,10 +307,11 @@ def test_builds_are_logarithmic(tmp_path, wrong):
 def test_of_two_branches_the_wrong_one_is_named(tmp_path):
     """Far in the topological order from the node that reads it."""
     constants = {f"{b}{i}": np.eye(8) * 1.1 for b in "ab" for i in range(20)}
-    nodes = []
-    for b in "ab":
-        for i in range(20):
-            nodes.append(helper.make_node("MatMul", [f"{b}m{i - 1}" if i else "x", f"{b}{i}"], [f"{b}m{i}"], name=f"{b}_{i}"))
+    nodes = [
+        helper.make_node("MatMul", [f"{b}m{i - 1}" if i else "x", f"{b}{i}"], [f"{b}m{i}"], name=f"{b}_{i}")
+        for b in "ab"
+        for i in range(20)
+    ]
     nodes.append(helper.make_node("Add", ["am19", "bm19"], ["y"], name="add"))
     file = graph_file(tmp_path / "m.onnx", nodes, constants)
     builder = Builder(scaled("a_7", 1.5))

@@ -76,12 +76,12 @@ class Diagnosis:
 
     def _find(self) -> Departure:
         self._expected = self.reference.run(self.feeds)
-        if not self._departs(self._outputs(full=False)):
+        if not self._departs(self._outputs(full=False), full=False):
             detail = "An engine built anew from the file agrees, so the given one is of another file or other settings."
             return Departure("engine", None, detail, ("build the engine anew",))
         if self.reference.is_half:
             return self._locate("unknown", full=False, judge=self._judge(half=True, only_loss=False))
-        if self._departs(self._outputs(full=True)):
+        if self._departs(self._outputs(full=True), full=True):
             return self._locate("runtime", full=True, judge=self._judge(half=False, only_loss=False))
         found = self._locate("fp16", full=False, judge=self._judge(half=True, only_loss=True))
         self.progress("rounding the graph to FP16, layer by layer")
@@ -104,12 +104,13 @@ class Diagnosis:
                 check_engine(engine, graph)
             return run_engine(engine, graph, self.feeds, added)
 
-    def _departs(self, found: Mapping[str, np.ndarray]) -> bool:
-        return not all(self._accepted(check, found[check.name]) for check in self.checks)
+    def _departs(self, found: Mapping[str, np.ndarray], *, full: bool) -> bool:
+        return not all(self._accepted(check, found[check.name], full) for check in self.checks)
 
-    def _accepted(self, check: OutputCheck, found: np.ndarray) -> bool:
+    def _accepted(self, check: OutputCheck, found: np.ndarray, full: bool) -> bool:
         expected = self._expected[check.name]
-        limit = check.limit if check.limit is not None else float("inf")
+        limit = check.limit_fp32 if full else check.limit
+        assert limit is not None
         error = difference(check.name, expected, found, "the engine")
         return not non_finite(expected, found) and within(error, limit, self.tolerance)
 
@@ -128,7 +129,7 @@ class Diagnosis:
 
         def probe(tensors: list[str]) -> tuple[dict[str, TensorCheck], bool]:
             found = self._outputs(tensors, full=full)
-            return judge(found, tensors), self._departs(found)
+            return judge(found, tensors), self._departs(found, full=full)
 
         try:
             check, before = first_departure(cuts, bad, probe)

@@ -2,7 +2,7 @@
 
 ONNX Runtime runs without its graph optimizations, so every tensor has the value that the file says. Variants of the same
 graph tell what is no fault of an engine: one with its sums in another order; one whose results are rounded to fewer bits,
-as Winograd and integer kernels do; one whose results are rounded to FP16. A last one, without Q/DQ, tells what INT8 itself costs.
+as Winograd and integer kernels do; one whose results are rounded to FP16. A last one, without Q/DQ, tells what INT8 costs.
 """
 
 from __future__ import annotations

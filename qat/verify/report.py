@@ -27,6 +27,7 @@ class OutputCheck:
         fp16: ONNX Runtime against itself with every result rounded to FP16.
         int8: ONNX Runtime against itself without Q/DQ: what INT8 itself costs. ``None`` for a float graph.
         limit: The SQNR in dB that the engine must reach, unless its ``max_rel`` is within the tolerance.
+        limit_fp32: The same for an engine that computes in FP32.
         onnx_ok: Whether ONNX Runtime agrees with PyTorch; True if not compared.
         engine_ok: Whether the engine agrees with ONNX Runtime; True if not compared.
         non_finite: How many NaN and infinite values the engine has where ONNX Runtime has finite ones.
@@ -40,6 +41,7 @@ class OutputCheck:
     fp16: Difference | None
     int8: Difference | None
     limit: float | None
+    limit_fp32: float | None
     onnx_ok: bool
     engine_ok: bool
     non_finite: int = 0

@@ -32,6 +32,7 @@ def verify(
     data: Iterable[Any] | None = None,
     max_batches: int | None = None,
     min_top1: float | None = None,
+    fp16: bool = True,
     fp32_onnx: str | os.PathLike[str] | None = None,
     build: Callable[..., Any] | None = None,
     locate: bool = True,
@@ -40,8 +41,9 @@ def verify(
     """Compare PyTorch, ONNX Runtime and an engine on the same inputs; where they differ, say from which layer on.
 
     An output agrees if its ``max_rel`` is at most ``tolerance``, or if rounding explains it: its SQNR is at most 6 dB below
-    that of the drift (the same sums in another order) or of the graph with every result rounded to FP16. The latter counts
-    only as far as it is harmless: no worse than what INT8 itself costs, or than noise as large as ``tolerance``.
+    that of the drift (the same sums in another order) or of the graph with every result rounded, to 14 bits for the kernels of
+    any runtime and to FP16. The latter counts only as far as it is harmless: no worse than what INT8 itself costs, or than
+    noise as large as ``tolerance``.
 
     Otherwise engines are built with tensors marked as outputs, about log2(n) for n tensors, and compared with what ONNX
     Runtime computes there. One of them is built in FP32, which tells a loss of FP16's from one of the export or the runtime.
@@ -56,6 +58,7 @@ def verify(
         data: Batches for the top-1 agreement: inputs as above, or tuples and lists ``(inputs, target, ...)``.
         max_batches: Use so many batches of ``data``.
         min_top1: The agreement that each pair must reach for the report to be ``ok``.
+        fp16: Whether the engine may compute in FP16; False does not count rounding to FP16 as an explanation.
         fp32_onnx: Where ``onnx_path`` was exported in FP16 or BF16: the same model exported in FP32. ONNX Runtime then runs
             this one, and the FP32 engine is built of it.
         build: Builds engines to search with: ``build(path, outputs=[...], fp16=False, bf16=False, tf32=False)``, the last
@@ -93,7 +96,7 @@ def verify(
     if engine is not None:
         check_engine(engine, graph)
     torch_side = _torch_side(model, reference)
-    outputs = _compare(torch_side, reference, graph, engine, inputs, feeds, tolerance)
+    outputs = _compare(torch_side, reference, graph, engine, inputs, feeds, tolerance, fp16)
     agreement: list[Agreement] = []
     if data is not None:
         tell("top-1 agreement over the data set")
@@ -128,6 +131,7 @@ def _compare(
     inputs: Any,
     feeds: Mapping[str, np.ndarray],
     tolerance: float,
+    counts_fp16: bool,
 ) -> list[OutputCheck]:
     onnx = reference.run(feeds)
     _refuse_nan(onnx, "ONNX Runtime")
@@ -137,10 +141,10 @@ def _compare(
         _refuse_nan(pytorch, "PyTorch")
         parity = {output.name: output for output in model.parity(inputs).outputs}
     reversed_sums = reference.run_reversed(feeds)
-    found = half = float_graph = None
+    found = half = fewer = float_graph = None
     if engine is not None:
         found = run_engine(engine, graph, feeds)
-        half = reference.run_rounded(feeds, half=True)
+        half, fewer = reference.run_rounded(feeds, half=True), reference.run_rounded(feeds, half=False)
         is_quantized = any(node.op_type == "DequantizeLinear" for node in reference.nodes)
         float_graph = reference.run_unquantized(feeds) if is_quantized else None
     checks = []
@@ -149,17 +153,21 @@ def _compare(
         drift = parity[name].drift if name in parity else own_drift
         to_torch = difference(name, pytorch[name], onnx[name], "ONNX Runtime") if pytorch is not None else None
         onnx_ok = to_torch is None or within(to_torch, worst(drift) - SLACK, tolerance)
-        to_onnx = end_to_end = fp16 = int8 = limit = None
+        to_onnx = end_to_end = fp16 = int8 = limit = limit_fp32 = None
         engine_ok, bad = True, 0
-        if found is not None and half is not None:
+        if found is not None and half is not None and fewer is not None:
             to_onnx = difference(name, onnx[name], found[name], "the engine")
             end_to_end = difference(name, pytorch[name], found[name], "the engine") if pytorch is not None else None
             fp16 = difference(name, onnx[name], half[name], "ONNX Runtime")
             int8 = difference(name, onnx[name], float_graph[name], "ONNX Runtime") if float_graph is not None else None
-            limit = min(worst(own_drift, drift), max(worst(fp16), budget(int8, tolerance))) - SLACK
+            rounded = difference(name, onnx[name], fewer[name], "ONNX Runtime")
+            limit_fp32 = limit = worst(own_drift, drift, rounded) - SLACK
+            if counts_fp16:
+                limit = min(limit, max(worst(fp16), budget(int8, tolerance)) - SLACK)
             bad = non_finite(onnx[name], found[name])
             engine_ok = bad == 0 and within(to_onnx, limit, tolerance)
-        checks.append(OutputCheck(name, to_torch, to_onnx, end_to_end, drift, fp16, int8, limit, onnx_ok, engine_ok, bad))
+        differences = (to_torch, to_onnx, end_to_end, drift, fp16, int8)
+        checks.append(OutputCheck(name, *differences, limit, limit_fp32, onnx_ok, engine_ok, bad))
     return checks
 
 
