@@ -97,6 +97,15 @@ def test_capabilities_of_rtx():
     assert {"SM86", "SM89"} <= set(runtime.targets)
 
 
+@needs_rtx
+@pytest.mark.parametrize("missing", [["torch"], ["torch", "onnx"], ["torch", "onnx", "polygraphy", "rich"]])
+def test_rtx_builds_without_what_a_deployment_machine_lacks(tiny_file, missing):
+    lines = ["import sys", f"sys.modules.update(dict.fromkeys({missing}))", "from qat.tensorrt import build"]
+    lines.append(f"print(build({str(tiny_file)!r}, runtime='tensorrt_rtx', progress=True).inputs[0].name)")
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("images", 0), done.stderr
+
+
 # --- precision, recorded bindings ------------------------------------------------------------------------------------
 
 
@@ -280,6 +289,11 @@ def test_shapes_open_other_dimensions(recorded, tmp_path):
     three = ((1, 2), (4, 8), (8, 16))
     _, config = build_with(recorded, graph(tmp_path, shape=("n", "width")), shapes={"x": three})
     assert config._profiles[0].shapes == {"x": three}
+
+
+def test_one_name_may_come_bare(recorded, tmp_path):
+    engine, _ = build_with(recorded, graph(tmp_path), outputs="middle")
+    assert [info.name for info in engine.outputs] == ["y", "middle"]
 
 
 def test_extra_outputs_are_marked_once(recorded, tmp_path):
@@ -537,6 +551,22 @@ def test_rtx_interrupted_build_stops(tmp_path):
         thread.join()
     assert signal.getsignal(signal.SIGINT) is before
     assert [path.name for path in Path(tmp_path).iterdir()] == ["deep.onnx"]
+
+
+def test_recorded_progress_without_rich_is_a_line_a_phase(monkeypatch, tmp_path, capsys):
+    trt = FakeTensorRT("10.7.0")
+
+    def report(builder, network, config):
+        config.progress_monitor.phase_start("Building", None, 2)
+        config.progress_monitor.phase_start("Timing", "Building", 5)
+        config.progress_monitor.step_complete("Timing", 0)
+        config.progress_monitor.phase_finish("Timing")
+        return True
+
+    trt.on_build = report
+    monkeypatch.setitem(sys.modules, "rich", None)
+    build_with(trt, graph(tmp_path), progress=True)
+    assert capsys.readouterr().err == "Building\n  Timing\n"
 
 
 @needs_rtx

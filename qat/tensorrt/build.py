@@ -112,7 +112,7 @@ def build(
         raise QATError(f"{_title(source)}: the graph has no outputs. Is it an ONNX file?")
     types = _Types.of(trt, network)
     profiles = _profiles(network, shapes or {}, batch)
-    for name in outputs:
+    for name in _listed(outputs):
         _mark(network, name)
     config = parsed.builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it, neither log nor inspector name tensors
@@ -120,7 +120,7 @@ def build(
     _set_flag(config, trt.BuilderFlag.TF32, tf32)
     _set_precisions(runtime, config, parsed.strong, types, fp16=fp16, bf16=bf16, int8=int8, calibrator=calibrator)
     if fp32_layers:
-        _keep_float(runtime, config, network, parsed.strong, fp32_layers)
+        _keep_float(runtime, config, network, parsed.strong, _listed(fp32_layers))
     if workspace is not None:
         if workspace <= 0:
             raise QATError(f"workspace={workspace}: give a number of bytes above 0")
@@ -139,10 +139,10 @@ def build(
         )
     if version_compatible:
         _set_flag(config, trt.BuilderFlag.VERSION_COMPATIBLE, True)
-    _set_targets(runtime, config, targets)
+    _set_targets(runtime, config, _listed(targets))
     if tactic_sources is not None:
         names = runtime.tactic_sources
-        members = [_member(runtime, "TacticSource", name, "tactic_sources", names) for name in tactic_sources]
+        members = [_member(runtime, "TacticSource", name, "tactic_sources", names) for name in _listed(tactic_sources)]
         config.set_tactic_sources(sum(1 << int(member) for member in dict.fromkeys(members)))
     cache = _timing_cache(runtime, config, timing_cache, log)
     tensors = _signature(network, profiles)
@@ -194,6 +194,11 @@ class _Types:
             quantized |= layer.type == trt.LayerType.DEQUANTIZE
             dtypes |= {str(dtype_of(layer.get_output(i).dtype)) for i in range(layer.num_outputs)}
         return cls(frozenset(dtypes), quantized)
+
+
+def _listed(names: Sequence[str]) -> tuple[str, ...]:
+    """The names; one given bare would otherwise be taken for a sequence of letters."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _source(onnx: str | os.PathLike[str] | bytes) -> Path | bytes:
