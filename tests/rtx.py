@@ -98,7 +98,7 @@ def quantized_nodes(path: Path) -> list[str]:
 
     def dequantized(name: str) -> bool:
         node = producer.get(name)
-        while node is not None and node.op_type in ("Transpose", "Reshape", "Split", "Slice"):
+        while node is not None and node.op_type in ("Transpose", "Reshape", "Split", "Slice", "Cast"):
             node = producer.get(node.input[0])
         return node is not None and node.op_type == "DequantizeLinear"
 

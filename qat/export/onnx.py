@@ -77,7 +77,7 @@ def export_onnx(
             the first input keep their shape.
         external_data: Store the weights beside the file, in ``<name>.data``.
         int8_weights: Store weights as int8 codes and a DequantizeLinear: a quarter of the size. Not for opset 17, since
-            TensorRT 8 wants float weights.
+            TensorRT 8 wants float weights. TensorRT-RTX 1.7 then runs the packed projection of attention in half.
         fuse_adds: Leave out the Q/DQ on the convolution-fed input of residual additions, which TensorRT then fuses with
             the convolution. It only raises precision.
         half_io: With a half ``precision``: also the inputs and outputs of the graph, which stay float32 otherwise.

@@ -11,8 +11,10 @@ What stays in float32, and why:
   apart: Q reads half data against a float scale, and DQ has ``output_dtype``.
 * **Weights before their Q**: their codes are those of the float32 file.
 * **Operators whose intermediate results leave the range or the precision of half** (:data:`UNSAFE`): exponentials,
-  powers, logarithms, roots and the sums of reductions. Normalizations with a ``stash_type`` and attention with a
-  ``softmax_precision`` say themselves that they compute in float32 inside, and take half data.
+  powers, logarithms, roots and the sums of reductions. Normalizations with a ``stash_type`` say themselves that they
+  compute in float32 inside, and take half data. Softmax between Casts is still fused with the matrix products around it
+  (observed on TensorRT-RTX). The Attention operator of opset 23 takes half data without its ``softmax_precision``, which
+  TensorRT's parser refuses.
 * **Cheap operators with a constant that half cannot hold**: an epsilon that would become subnormal or 0, a mask of -1e9.
 * **What computes shapes and indices from shapes**: half counts to 2048 only.
 * **Cheap operators between two that stay in float32**: Casts around them would cost more than they save.
@@ -61,8 +63,8 @@ _HEAVY = frozenset(
         *("Resize", "GridSample", "RoiAlign", "LayerNormalization", "RMSNormalization", "BatchNormalization"),
     }
 )
-# Attributes by which an operator says that it computes in float32 inside.
-INTERNAL_PRECISION = frozenset({"stash_type", "softmax_precision"})
+# The attribute by which a normalization says in which type it computes inside.
+STASH = "stash_type"
 # They read the shape, or convert from any type.
 _INDIFFERENT = frozenset({"Cast", "Shape", "Size"})
 
@@ -293,7 +295,7 @@ def _is_unsafe(node: PlannedNode, plan: Plan) -> bool:
     op = node.proto.op_type
     if not any(slot.halvable for slot in (*node.reads, *node.writes)):
         return True
-    if op in UNSAFE and not _stashes(node.proto, plan.opset):
+    if op in UNSAFE and not has_stash(node.proto, plan.opset):
         return True
     # A source whose type no attribute that we know of tells.
     if not node.reads and node.writes and op not in ("Cast", "Constant", "ConstantOfShape"):
@@ -304,9 +306,9 @@ def _is_unsafe(node: PlannedNode, plan: Plan) -> bool:
     )
 
 
-def _stashes(node: NodeProto, opset: int) -> bool:
-    """Whether an attribute of the operator makes it compute in float32 inside."""
-    return bool(INTERNAL_PRECISION & set(onnx.defs.get_schema(node.op_type, opset, node.domain).attributes))
+def has_stash(node: NodeProto, opset: int) -> bool:
+    """Whether an attribute of the operator tells in which type it computes inside."""
+    return STASH in onnx.defs.get_schema(node.op_type, opset, node.domain).attributes
 
 
 def _is_lost(tensor: TensorProto, element_type: int) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from .precision import DQ, FLOAT, INTERNAL_PRECISION, Plan, PlannedNode
+from .precision import DQ, FLOAT, STASH, Plan, PlannedNode, has_stash
 
 
 def apply(model: onnx.ModelProto, plan: Plan) -> None:
@@ -77,9 +77,8 @@ class _Retyping:
             value = numpy_helper.to_array(given.t) if given is not None else np.zeros(1, np.float32)
             del proto.attribute[:]
             proto.attribute.append(helper.make_attribute("value", _converted(value, "", self.plan.element_type)))
-        schema = onnx.defs.get_schema(proto.op_type, self.plan.opset, proto.domain)
-        for name in INTERNAL_PRECISION & set(schema.attributes) - set(attributes):
-            proto.attribute.append(helper.make_attribute(name, FLOAT))
+        if has_stash(proto, self.plan.opset) and STASH not in attributes:
+            proto.attribute.append(helper.make_attribute(STASH, FLOAT))
 
     def _combine(self, proto: NodeProto) -> None:
         """Batch normalization as one factor and one summand a channel, computed in float64.
