@@ -119,8 +119,12 @@ def values(tensor: TensorProto, folder: str | None) -> np.ndarray | None:
         raise QATError(f"constant {tensor.name!r}: it does not hold what its shape says: {error}. Export it again") from error
 
 
-def outline(model: ModelProto) -> ModelProto:
+def outline(model: ModelProto, folder: str | None) -> ModelProto:
     """A copy without large constants, which become inputs: what the checker and the inference of types need.
+
+    Args:
+        model: The model.
+        folder: Where its external data lies; ``None`` if unknown.
 
     Raises:
         QATError: If the graph is invalid: cyclic, with a name used twice, an unknown operator or a missing input.
@@ -141,7 +145,9 @@ def outline(model: ModelProto) -> ModelProto:
             graph.output[-1].type.tensor_type.shape.SetInParent()
     given = {value.name for value in graph.input}
     for tensor in model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL or elements(tensor) > _SMALL:
+        if tensor.data_location == TensorProto.EXTERNAL and (loaded := values(tensor, folder)) is not None:
+            graph.initializer.append(numpy_helper.from_array(loaded, tensor.name))
+        elif tensor.data_location == TensorProto.EXTERNAL or elements(tensor) > _SMALL:
             if tensor.name not in given:
                 graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
         else:
@@ -149,7 +155,7 @@ def outline(model: ModelProto) -> ModelProto:
     try:
         onnx.checker.check_model(small)
     except onnx.checker.ValidationError as error:
-        first = next(iter(str(error).strip().splitlines()), "invalid")
+        first = next(iter(str(error).strip().splitlines()), "invalid").rstrip(". ")
         raise QATError(f"the graph is no valid ONNX: {first}. Export it again") from error
     for value in graph.output:
         value.type.tensor_type.ClearField("shape")

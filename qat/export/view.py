@@ -45,7 +45,7 @@ class View:
     """
 
     def __init__(self, model: ModelProto, folder: str | None = None) -> None:
-        small = outline(model)
+        small = outline(model, folder)
         if model.functions:
             small = onnx.inliner.inline_local_functions(small)
         self.nodes = list(small.graph.node)
