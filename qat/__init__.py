@@ -21,11 +21,11 @@ _PUBLIC = {
     "prepare": "preparation",
     "restore": "preparation",
 }
-_MODULES = frozenset(_PUBLIC.values()) | {"inputs", "nn", "quantizer"}
-__all__ = ["__version__", *_PUBLIC, "nn"]  # noqa: PLE0604
+_MODULES = frozenset(_PUBLIC.values()) | {"bench", "inputs", "nn", "quantizer", "tensorrt", "verify"}
+__all__ = ["__version__", *_PUBLIC, "bench", "nn", "tensorrt", "verify"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
-    from . import nn
+    from . import bench, nn, tensorrt, verify
     from .calibration import calibrate
     from .callbacks import QATCallback
     from .config import QuantConfig, Rule

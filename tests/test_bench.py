@@ -794,6 +794,7 @@ def test_memory_that_does_not_suffice_is_said_and_given_back():
 @needs_cuda
 def test_cuda_runtime_events_agree_with_pytorch():
     """The events that measure engines, on work of PyTorch's, without their own stream's order being assumed."""
+    pytest.importorskip("polygraphy", reason="needs polygraphy, which finds the CUDA runtime library")
     model, x = network(), torch.randn(64, 64, 56, 56, device="cuda")
     try:
         events = CudaEvents()

@@ -261,6 +261,24 @@ def test_picture_of_unknown_format_is_refused(tiny_inspection, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# A real engine: ResNet-50 with fused Adds, batch 32, built by TensorRT 8.6.1 on an H100.
+
+
+def test_real_engine_of_8_6_runs_all_convolutions_in_int8():
+    layers = engine_layers("tensorrt-8.6.1-resnet50-int8.json")
+    convolutions = [layer for layer in layers if any(node.endswith("/Conv") for node in layer.onnx_nodes)]
+    # Counted in He et al. 2015, table 1: 49 in the blocks and the stem, and 4 downsampling ones.
+    assert len(convolutions) == 53
+    assert all(layer.is_int8 for layer in convolutions)
+
+
+def test_real_engine_of_8_6_fuses_each_add_with_a_convolution():
+    layers = engine_layers("tensorrt-8.6.1-resnet50-int8.json")
+    adds = [layer for layer in layers if any("quant_add" in node and node.endswith("/Add") for node in layer.onnx_nodes)]
+    assert len(adds) == 16
+    assert all(any(node.endswith("/Conv") for node in layer.onnx_nodes) for layer in adds)
+
+
 # Recorded formats of enterprise TensorRT: nothing here ran on it. The files in tests/recorded were written for these tests,
 # after the descriptions of the formats (keys, sentences, separators), for the graph that ``residual_graph`` makes.
 

@@ -180,7 +180,8 @@ def read_json(text: str | bytes) -> Listing:
         QATError: If the text is no such JSON, or holds names alone.
     """
     try:
-        document = json.loads(text)
+        # TensorRT 8.6 separates the ONNX layers of "Metadata" by a bare control character.
+        document = json.loads(text, strict=False)
     except ValueError as error:
         raise QATError(f"the layer information is no JSON: {error}. Pass what the engine inspector or trtexec wrote") from error
     entries = document.get("Layers") if isinstance(document, dict) else None

@@ -1,0 +1,295 @@
+"""INT8 engines against FP16 and TF32 engines: GPU time, what runs in INT8, and the distance from fake quantization.
+
+Two stages, because a machine with TensorRT need not have PyTorch:
+
+    python benchmarks/engines.py export --out DIR [--models resnet50,mobilenet_v2] [--jobs 4]
+    python benchmarks/engines.py build DIR --results FILE.json [--seconds 500] [--batches 32,1,128]
+    python benchmarks/engines.py table FILE.json
+
+``export`` writes for each model, with random weights and scales calibrated on random images: the float graph, the INT8 graph
+with Q/DQ on both inputs of every residual Add, and the one with fused Adds; and what PyTorch computes for the same images.
+``build`` builds each graph for each batch size, measures it, and adds a row to the results; rows are kept by the hash of the
+ONNX file, so a run that was cut off goes on where it stopped. Layer listings go beside the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MODELS = ("resnet50", "mobilenet_v2", "resnet18", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16")
+# Row of the table: the graph that it is built of, and the precisions that the builder may choose from.
+VARIANTS = {
+    "TF32": ("float", {"fp16": False, "int8": False}),
+    "FP16": ("float", {"fp16": True, "int8": False}),
+    "INT8 both": ("both", {"fp16": True, "int8": True}),
+    "INT8 fused": ("fused", {"fp16": True, "int8": True}),
+}
+ALL_BATCHES = ("resnet50", "mobilenet_v2")
+IMAGES = 32
+
+
+def export_model(name: str, out: Path, opset: int) -> str:
+    """All graphs of one model, and inputs and outputs of PyTorch in ``<name>.npz``."""
+    import torch
+    import torchvision
+
+    import qat
+    from qat.nn.add import QuantAdd
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    images = torch.randn(IMAGES, 3, 224, 224)
+    normalize(model, images)
+    arrays = {"images": images.numpy()}
+    with torch.no_grad():
+        arrays["float"] = model(images).numpy()
+        path = str(out / f"{name}-float.onnx")
+        batch = ({0: torch.export.Dim.DYNAMIC},)
+        torch.onnx.export(
+            model, (images[:2],), path, dynamo=True, opset_version=18, dynamic_shapes=batch, external_data=False, verbose=False
+        )
+        to_opset_17(path) if opset == 17 else None
+        qat.prepare(model, example_inputs=images[:2])
+        qat.calibrate(model, [images], progress=False)
+        for graph, fuse in (("both", False), ("fused", True)):
+            qat.export_onnx(model, out / f"{name}-{graph}.onnx", images[:2], opset=opset, fuse_adds=fuse)
+            for module in model.modules():
+                if isinstance(module, QuantAdd):
+                    module.fuse = fuse
+            arrays[graph] = model(images).numpy()
+    np.savez(out / f"{name}.part.npz", **arrays)
+    (out / f"{name}.part.npz").replace(out / f"{name}.npz")
+    return name
+
+
+def normalize(model: Any, images: Any) -> None:
+    """Batch-norm statistics of ``images``: with the initial ones, random weights let activations of deep networks vanish."""
+    import torch
+
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    model(images)
+    model.eval()
+
+
+def to_opset_17(path: str) -> None:
+    import onnx
+
+    from qat.export.opset import downgrade
+
+    proto = onnx.load(path)
+    downgrade(proto)
+    onnx.save(proto, path)
+
+
+def export(args: argparse.Namespace) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(export_model, name, args.out, args.opset) for name in args.models]
+        for future in concurrent.futures.as_completed(futures):
+            print("exported", future.result(), flush=True)
+
+
+def build(args: argparse.Namespace) -> None:
+    """Plans first, several at a time, since a build is the work of one CPU core; then each is measured alone."""
+    start = time.monotonic()
+    rows: dict[str, dict[str, Any]] = json.loads(args.results.read_text()) if args.results.exists() else {}
+    jobs = [job for job in wanted(args) if job.key not in rows]
+
+    def make(job: Job) -> tuple[Job, str]:
+        if job.plan.exists():
+            return job, ""
+        if time.monotonic() - start > args.seconds:
+            return job, "no time left"
+        begin = time.monotonic()
+        failure = child("plan", job, args, timeout=args.timeout)
+        return job, failure or f"built in {time.monotonic() - begin:.0f} s"
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for job, said in pool.map(make, jobs):
+            print(f"{job.model:16} {job.variant:10} batch {job.batch:3}: {said}", flush=True)
+    for job in jobs:
+        if not job.plan.exists():
+            continue
+        found = job.plan.with_suffix(".json")
+        failure = child("measure", job, args, timeout=args.timeout)
+        if failure:
+            print(f"{job.model:16} {job.variant:10} batch {job.batch:3}: {failure}", flush=True)
+            continue
+        rows[job.key] = {"model": job.model, "variant": job.variant, "batch": job.batch, **json.loads(found.read_text())}
+        temporary = args.results.with_suffix(".tmp")
+        temporary.write_text(json.dumps(rows, indent=1))
+        temporary.replace(args.results)
+        print(f"{job.model:16} {job.variant:10} batch {job.batch:3}: {rows[job.key]}", flush=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine: a row of the results."""
+
+    model: str
+    variant: str
+    batch: int
+    file: Path
+    plan: Path
+    key: str
+
+
+def wanted(args: argparse.Namespace) -> list[Job]:
+    """In the order of their worth: the first batch size of all models, TF32 last."""
+    jobs = []
+    for batch in args.batches:
+        for variants in (("FP16", "INT8 both", "INT8 fused"), ("TF32",)):
+            for model in args.models:
+                # The arrays are written last: a model without them is still being exported.
+                if not (args.folder / f"{model}.npz").exists() or (batch != args.batches[0] and model not in ALL_BATCHES):
+                    continue
+                for variant in variants:
+                    file = args.folder / f"{model}-{VARIANTS[variant][0]}.onnx"
+                    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+                    plan = args.folder / f"{model}-{variant.replace(' ', '-')}-{batch}-{digest}.plan"
+                    jobs.append(Job(model, variant, batch, file, plan, f"{digest} {variant} {batch}"))
+    return jobs
+
+
+def child(stage: str, job: Job, args: argparse.Namespace, timeout: float) -> str:
+    """Run one stage of one engine in a process of its own, which may crash; returns what went wrong, or nothing."""
+    command = [sys.executable, "-X", "faulthandler", __file__, stage, str(job.file), str(job.plan), job.variant, str(job.batch)]
+    command += ["--duration", str(args.duration)]
+    if args.timing_cache:
+        # One a process at a time: they would overwrite each other's.
+        command += ["--timing-cache", f"{args.timing_cache}-{job.model}-{job.variant.replace(' ', '-')}-{job.batch}"]
+    if args.tactic_sources:
+        command += ["--tactic-sources", ",".join(args.tactic_sources)]
+    if args.workspace:
+        command += ["--workspace", str(args.workspace)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return f"{stage}: not done after {timeout:.0f} s"
+    return f"{stage}: exit status {done.returncode}: {done.stderr[-1500:]}" if done.returncode else ""
+
+
+def plan(args: argparse.Namespace) -> None:
+    """One engine, into its plan."""
+    import qat.tensorrt
+
+    engine = qat.tensorrt.build(
+        args.file,
+        **VARIANTS[args.variant][1],
+        batch=args.batch,
+        timing_cache=args.timing_cache,
+        tactic_sources=args.tactic_sources,
+        workspace=args.workspace,
+        check=False,
+        verbose_log=False,
+    )
+    engine.save(args.plan)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run one plan; latency in ms, into a JSON file beside it, and its layers."""
+    import qat.bench
+    import qat.tensorrt
+
+    graph = VARIANTS[args.variant][0]
+    with np.load(args.file.parent / f"{args.file.stem.rpartition('-')[0]}.npz") as data:
+        images, expected = data["images"], data[graph]
+    repeat = -(-args.batch // len(images))
+    images, expected = (np.ascontiguousarray(np.concatenate([a] * repeat)[: args.batch]) for a in (images, expected))
+    with qat.tensorrt.load(args.plan) as engine:
+        (output,) = engine.run(images).values()
+        found = qat.bench.latency(engine, {engine.inputs[0].name: images}, duration=args.duration)
+        if engine.layer_information:
+            args.plan.with_suffix(".layers.json").write_text(engine.layer_information)
+        version = engine.runtime.module.__version__
+    error = float(np.linalg.norm(output.astype(np.float64) - expected) / np.linalg.norm(expected))
+    row = {
+        "median": round(found.compute.median, 4),
+        "min": round(found.compute.minimum, 4),
+        "p99": round(found.compute.p99, 4),
+        "cv": round(found.compute.variation, 2),
+        "enqueue": round(found.enqueue.median, 4) if found.enqueue else None,
+        "relative_error": round(error, 5),
+        "top1": round(float((output.argmax(1) == expected.argmax(1)).mean()), 4),
+        "tensorrt": version,
+    }
+    args.plan.with_suffix(".json").write_text(json.dumps(row))
+
+
+def table(args: argparse.Namespace) -> None:
+    rows = list(json.loads(args.results.read_text()).values())
+    print("| model | batch | " + " | ".join(VARIANTS) + " | fused : FP16 | error both | error fused |")
+    print("|---|---|" + "---|" * (len(VARIANTS) + 3))
+    for batch in sorted({row["batch"] for row in rows}):
+        for name in MODELS:
+            found = {row["variant"]: row for row in rows if (row["model"], row["batch"]) == (name, batch)}
+            if not found:
+                continue
+            times = [f"{found[v]['median']:.3f}" if v in found else "" for v in VARIANTS]
+            ratio = ""
+            if {"FP16", "INT8 fused"} <= set(found):
+                ratio = f"{found['FP16']['median'] / found['INT8 fused']['median']:.2f}"
+            errors = [f"{found[v]['relative_error']:.4f}" if v in found else "" for v in ("INT8 both", "INT8 fused")]
+            print(f"| {name} | {batch} | " + " | ".join([*times, ratio, *errors]) + " |")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--timing-cache", type=Path)
+    parser.add_argument("--tactic-sources", type=lambda text: tuple(text.split(",")), help="by default those of TensorRT")
+    parser.add_argument("--workspace", type=int, help="bytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    names = lambda text: tuple(text.split(","))  # noqa: E731
+    sub = commands.add_parser("export")
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--models", type=names, default=MODELS)
+    sub.add_argument("--opset", type=int, default=17, help="17 for TensorRT 8.6")
+    sub.add_argument("--jobs", type=int, default=4)
+    sub.set_defaults(run=export)
+    sub = commands.add_parser("build")
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--results", type=Path, required=True)
+    sub.add_argument("--models", type=names, default=MODELS)
+    sub.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=(32, 1, 128))
+    sub.add_argument("--seconds", type=float, default=1e9, help="start no build after this time")
+    sub.add_argument("--duration", type=float, default=1.0, help="seconds of measuring an engine")
+    sub.add_argument("--jobs", type=int, default=1, help="builds side by side; measuring is always alone")
+    sub.add_argument("--timeout", type=float, default=600, help="seconds for one engine")
+    options(sub)
+    sub.set_defaults(run=build)
+    for name, function in (("plan", plan), ("measure", measure)):
+        sub = commands.add_parser(name, help="one engine; what build calls")
+        sub.add_argument("file", type=Path)
+        sub.add_argument("plan", type=Path)
+        sub.add_argument("variant", choices=list(VARIANTS))
+        sub.add_argument("batch", type=int)
+        sub.add_argument("--duration", type=float, default=1.0)
+        options(sub)
+        sub.set_defaults(run=function)
+    sub = commands.add_parser("table")
+    sub.add_argument("results", type=Path)
+    sub.set_defaults(run=table)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
