@@ -849,6 +849,30 @@ def test_a_truncated_file_is_refused(tmp_path):
             check_onnx(tmp_path / "m.onnx")
 
 
+def test_names_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(conv_graph().SerializeToString().replace(b"conv", b"\xff\xfe\xfd\xfc"))
+    with pytest.raises(QATError, match="a name in it is no text"):
+        check_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    "make", [form_b, KEPT["padding with zeros"], lambda: residual(True, True)], ids=["types", "pad", "add"]
+)
+def test_damaged_files_raise_nothing_else(make, tmp_path):
+    rng = np.random.default_rng(0)
+    whole = external(tmp_path, make()).read_bytes()
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[rng.integers(0, len(whole))] = rng.integers(0, 128)
+        (tmp_path / "m.onnx").write_bytes(damaged)
+        try:
+            check_onnx(tmp_path / "m.onnx")
+        except QATError:
+            refused += 1
+    assert 0 < refused < 300
+
+
 def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(QATError, match="no such file"):
         check_onnx(tmp_path / "m.onnx")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, numpy_helper
 
 from ..errors import QATError
@@ -42,8 +43,30 @@ def read_model(path: str | os.PathLike[str]) -> ModelProto:
         raise QATError(f"{str(path)!r} is no ONNX file, or cut short: {error}. Export it again") from error
     if not model.HasField("graph") or not model.ir_version:
         raise QATError(f"{str(path)!r} is no ONNX file: it holds no graph. Export it again")
+    if not _is_text(model):
+        raise QATError(f"{str(path)!r} is no ONNX file, or damaged: a name in it is no text. Export it again")
     _check_external_data(model, file)
     return model
+
+
+def _is_text(message: Message) -> bool:
+    """Whether every text in a message is UTF-8. Protobuf does not check it, and hands out bytes, or fails, where it is not."""
+    for field in message.DESCRIPTOR.fields:
+        if field.type not in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE):
+            continue
+        try:
+            value = getattr(message, field.name)
+        except UnicodeDecodeError:
+            return False
+        if isinstance(value, str | bytes | Message):
+            # An unset message may nest without end.
+            items = [value] if not isinstance(value, Message) or message.HasField(field.name) else []
+        else:
+            items = value
+        for item in items:
+            if isinstance(item, bytes) or (isinstance(item, Message) and not _is_text(item)):
+                return False
+    return True
 
 
 def _check_external_data(model: ModelProto, file: Path) -> None:
@@ -154,7 +177,8 @@ def outline(model: ModelProto, folder: str | None) -> ModelProto:
             graph.initializer.append(tensor)
     try:
         onnx.checker.check_model(small)
-    except onnx.checker.ValidationError as error:
+    # A message that quotes a damaged name cannot be decoded.
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
         first = next(iter(str(error).strip().splitlines()), "invalid").rstrip(". ")
         raise QATError(f"the graph is no valid ONNX: {first}. Export it again") from error
     for value in graph.output:
