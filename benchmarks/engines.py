@@ -45,6 +45,7 @@ def export_model(name: str, out: Path, opset: int) -> str:
     import torchvision
 
     import qat
+    from qat.export import export_float
     from qat.nn.add import QuantAdd
 
     torch.set_num_threads(2)
@@ -55,12 +56,7 @@ def export_model(name: str, out: Path, opset: int) -> str:
     arrays = {"images": images.numpy()}
     with torch.no_grad():
         arrays["float"] = model(images).numpy()
-        path = str(out / f"{name}-float.onnx")
-        batch = ({0: torch.export.Dim.DYNAMIC},)
-        torch.onnx.export(
-            model, (images[:2],), path, dynamo=True, opset_version=18, dynamic_shapes=batch, external_data=False, verbose=False
-        )
-        to_opset_17(path) if opset == 17 else None
+        export_float(model, out / f"{name}-float.onnx", images[:2], opset=opset)
         qat.prepare(model, example_inputs=images[:2])
         qat.calibrate(model, [images], progress=False)
         for graph, fuse in (("both", False), ("fused", True)):
@@ -84,16 +80,6 @@ def normalize(model: Any, images: Any) -> None:
         norm.train()
     model(images)
     model.eval()
-
-
-def to_opset_17(path: str) -> None:
-    import onnx
-
-    from qat.export.opset import downgrade
-
-    proto = onnx.load(path)
-    downgrade(proto)
-    onnx.save(proto, path)
 
 
 def export(args: argparse.Namespace) -> None:

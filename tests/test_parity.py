@@ -10,7 +10,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 import qat
-from qat.export.parity import _ReversedSums
+from qat.export.comparison import _ReversedSums
 from qat.export.report import Difference
 from qat.numerics import quantize
 from qat.quantizer import State, quantizers

@@ -17,6 +17,7 @@ PUBLIC = {
     "QuantConfig",
     "Rule",
     "__version__",
+    "bench",
     "calibrate",
     "export_onnx",
     "fake_quantize",
@@ -24,6 +25,8 @@ PUBLIC = {
     "parity",
     "prepare",
     "restore",
+    "tensorrt",
+    "verify",
 }
 
 

@@ -32,7 +32,7 @@ from . import graph, halves, retype
 from . import opset as opsets
 from . import precision as precisions
 from .check import check_onnx
-from .inputs import call_arguments, graph_feeds
+from .inputs import call_arguments, graph_feeds, output_names, run
 from .state import SCALE, exporting
 
 OPSETS = range(17, 25)
@@ -97,11 +97,7 @@ def export_onnx(
             if ``path`` cannot be written.
     """
     target = Path(path)
-    _refuse_precision(precision, opset, half_io, half_scales, fp32_nodes)
-    if opset is None:
-        opset = precisions.BF16_OPSET if precision == "bf16" else DEFAULT_OPSET
-    if not isinstance(opset, int) or opset not in OPSETS:
-        raise QATError(f"opset={opset!r}: choose one from {OPSETS.start} to {OPSETS.stop - 1}")
+    opset = _checked_opset(opset, precision, half_io=half_io, half_scales=half_scales, fp32_nodes=fp32_nodes)
     if int8_weights and opset <= opsets.TENSORRT_8:
         raise QATError("int8_weights=True needs opset >= 18: TensorRT 8 reads float weights with Q and DQ only")
     if not is_prepared(model):
@@ -131,6 +127,70 @@ def export_onnx(
             if (scratch / name).exists():
                 (scratch / name).replace(target.parent / name)
     return target
+
+
+def export_float(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    opset: int | None = None,
+    precision: str = "fp32",
+    dynamic_batch: bool = True,
+) -> Path:
+    """Write a float model as ONNX: the file whose engine an INT8 engine is to be compared with.
+
+    Args:
+        model: Without quantizers, float32. It is exported in eval mode and left as it was.
+        path: The file to write; an existing one is replaced.
+        example_inputs: As in :func:`export_onnx`.
+        opset: As in :func:`export_onnx`.
+        precision: As in :func:`export_onnx`: what the whole graph computes in.
+        dynamic_batch: As in :func:`export_onnx`.
+
+    Returns:
+        The path of the ONNX file.
+
+    Raises:
+        QATError: If the model is prepared, does not run on ``example_inputs``, holds an operator that the file cannot
+            express, if a value overflows float16 on ``example_inputs``, or if ``path`` cannot be written.
+    """
+    target = Path(path)
+    opset = _checked_opset(opset, precision, half_io=False, half_scales=False, fp32_nodes=())
+    if is_prepared(model):
+        raise QATError("model: prepared; write it with qat.export_onnx, or take the quantizers out with qat.restore(model)")
+    _refuse_other_dtypes(model)
+    args, kwargs = call_arguments(example_inputs, "example_inputs")
+    training = {module: module.training for module in model.modules()}
+    with _scratch_folder(target) as scratch, torch.no_grad():
+        try:
+            model.eval()
+            names = output_names(run(model, args, kwargs, "example_inputs"))
+            inputs = _parameter_names(model, args, kwargs)
+            raw = _to_onnx(model, args, kwargs, max(opset, 18), dynamic_batch, inputs, names, verbose=False)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        proto = graph.finish(raw, set(), int8_weights=False)
+        if opset <= opsets.TENSORRT_8:
+            opsets.downgrade(proto)
+            graph.drop_unused(proto.graph)
+        graph.set_metadata(proto, {"qat.precision": precision})
+        if precision != "fp32":
+            _to_half(proto, graph_feeds(proto, args, kwargs, "example_inputs"), scratch, precision, False, False, ())
+        _save(proto, scratch / target.name, external_data=False)
+        onnx.checker.check_model(str(scratch / target.name), full_check=True)
+        (scratch / target.name).replace(target)
+    return target
+
+
+def _checked_opset(opset: int | None, precision: str, *, half_io: bool, half_scales: bool, fp32_nodes: Sequence[str]) -> int:
+    _refuse_precision(precision, opset, half_io, half_scales, fp32_nodes)
+    if opset is None:
+        opset = precisions.BF16_OPSET if precision == "bf16" else DEFAULT_OPSET
+    if not isinstance(opset, int) or opset not in OPSETS:
+        raise QATError(f"opset={opset!r}: choose one from {OPSETS.start} to {OPSETS.stop - 1}")
+    return opset
 
 
 def _refuse_precision(precision: str, opset: int | None, half_io: bool, half_scales: bool, fp32_nodes: Sequence[str]) -> None:
@@ -325,6 +385,6 @@ def _save(proto: onnx.ModelProto, path: Path, external_data: bool) -> None:
 
 
 def _raise_on_findings(findings: list[Any]) -> None:
-    errors = [str(finding) for finding in findings if finding.level == "error"]
+    errors = [str(finding) for finding in findings if finding.level != "note"]
     if errors:
         raise QATError("TensorRT would refuse this graph or not run it in INT8:\n" + "\n".join(errors))

@@ -28,6 +28,7 @@ import onnxruntime
 import torch
 import torchvision
 from lightning.pytorch.callbacks import Callback
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -141,12 +142,21 @@ def run_seed(settings: ResNetSettings, data: ImageData, seed: int, out: Path, co
     out.mkdir(parents=True, exist_ok=True)
     models = train_all(settings, data, seed, out, console)
     files, parities = export_all(models, data, out, console)
-    results = measure(files, data, settings, console)
+    results, predicted = measure(files, data, settings, console)
+    engines = None
+    if settings.engine:
+        # Only here: TensorRT is an extra.
+        from . import engines as stage_of_engines
+
+        found, engine_title = stage_of_engines.engine_results(models, predicted, data, settings, out, console)
+        console.print(stage_of_engines.engine_table(found, engine_title, settings.engine_batch))
+        engines = stage_of_engines.to_dict(found, engine_title)
     val = {name: _val_accuracy(model, data, settings) for name, model in models.items()}
     return {
         "results": {key: asdict(result) for key, result in results.items()},
         "validation_top1": val,
         "parity": parities,
+        **({} if engines is None else {"engines": engines}),
         "data": {"name": data.name, "image_size": data.image_size, "sha256": data.sha256, **data.sizes()},
         "versions": versions(),
         "seconds": round(time.perf_counter() - start, 1),
@@ -235,15 +245,18 @@ def export_float(model: nn.Module, path: Path, example: Tensor) -> None:
     )
 
 
-def measure(files: Mapping[str, Path], data: ImageData, settings: ResNetSettings, console: Console) -> dict[str, Result]:
-    """Accuracy on the test images, size and CPU latency of every row of the table."""
+def measure(
+    files: Mapping[str, Path], data: ImageData, settings: ResNetSettings, console: Console
+) -> tuple[dict[str, Result], dict[str, NDArray[Any]]]:
+    """Accuracy on the test images, size and CPU latency of every row of the table; and the classes of the test images."""
     batches = data.loader(data.test, 4 * settings.batch_size)
-    results = {}
+    results, predicted = {}, {}
     with stage(console, "accuracy and latency", len(LABELS) + 1) as advance:
         latency = cpu_latency({key: files[key] for key in LABELS}, _images(data, 1).numpy())
         advance()
         for key, label in LABELS.items():
-            found = accuracy(*predict_onnx(files[key], batches))
+            predicted[key], labels = predict_onnx(files[key], batches)
+            found = accuracy(predicted[key], labels)
             small = files.get(f"{key}_int8")
             results[key] = Result(
                 label,
@@ -255,7 +268,7 @@ def measure(files: Mapping[str, Path], data: ImageData, settings: ResNetSettings
                 latency[key],
             )
             advance()
-    return results
+    return results, predicted
 
 
 def parity_figures(report: ParityReport) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class ResNetSettings:
     device: str = option("auto", "Lightning accelerator: auto, cpu, gpu, ...")
     precision: str = option("32-true", "Lightning precision of training, e.g. bf16-mixed")
     out: str = option("runs/resnet", "folder for ONNX files, checkpoints, metrics.json and the picture")
+    engine: bool = option(False, "also build TensorRT engines, and measure them if there is a GPU (extras: rtx or tensorrt)")
+    engine_batch: int = option(32, "images a run that engines are tuned for and measured with", positive=True)
     results_row: str | None = option(None, "append a markdown row with the figures and the command to this file")
     quant: QuantConfig = field(default_factory=QuantConfig)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import QATError
+from ..export.comparison import _evaluating, _float32, parity
 from ..export.inputs import call_arguments, output_names, run
-from ..export.parity import _evaluating, _float32, parity
 from ..export.report import TIE, ParityReport
 from ..inputs import tensors
 from .graph import Graph

@@ -1,0 +1,214 @@
+"""TensorRT engines of a recipe's models: what they cost and whether they still see what the ONNX files see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..bench import latency
+from ..export import export_float, export_onnx
+from ..tensorrt import Engine, Runtime, build, find_runtime, inspect
+from .data import ImageData
+from .evaluation import Accuracy, accuracy
+from .settings import ResNetSettings
+from .training import stage
+
+TENSORRT_8_OPSET = 17
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine of the table.
+
+    Attributes:
+        label: Row of the table.
+        model: Which of the recipe's models.
+        fuse_adds: Whether the Q/DQ on the fusable Add inputs is left out; ``None`` for the float model.
+    """
+
+    label: str
+    model: str
+    fuse_adds: bool | None
+
+
+ROWS = {
+    "float": Row("float, FP16", "float", None),
+    "ptq": Row("PTQ, INT8", "ptq", False),
+    "ptq_fused": Row("PTQ, INT8, fused Adds", "ptq", True),
+    "qat": Row("QAT, INT8", "qat", False),
+    "qat_fused": Row("QAT, INT8, fused Adds", "qat", True),
+}
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """Figures of one engine; what needs a GPU is ``None`` without one.
+
+    Attributes:
+        label: Row of the table.
+        plan_bytes: Size of the engine.
+        coverage: What of the quantized graph runs in INT8.
+        top1: Accuracy in ``[0, 1]``.
+        stderr: Of the test set.
+        balanced: Mean recall over classes.
+        agreement: Share of test images of the same class as the ONNX file with the same Q/DQ says, if that was measured.
+        ms: Median GPU time of one image.
+        ms_batch: Median GPU time of ``settings.engine_batch`` images.
+    """
+
+    label: str
+    plan_bytes: int
+    coverage: str
+    top1: float | None = None
+    stderr: float | None = None
+    balanced: float | None = None
+    agreement: float | None = None
+    ms: float | None = None
+    ms_batch: float | None = None
+
+
+def engine_results(
+    models: Mapping[str, nn.Module],
+    predicted: Mapping[str, NDArray[Any]],
+    data: ImageData,
+    settings: ResNetSettings,
+    out: Path,
+    console: Console,
+) -> tuple[dict[str, EngineResult], str]:
+    """Export for the TensorRT that is installed, build, and on a GPU measure.
+
+    Args:
+        models: Float, PTQ and QAT model, on the CPU.
+        predicted: Classes that ONNX Runtime found for the test images, by the keys of ``ROWS``, where it was asked.
+        data: The recipe's data.
+        settings: The recipe's settings.
+        out: Folder for graphs (``*-engine.onnx``) and plans.
+        console: For the progress bar.
+
+    Returns:
+        Results by row, and the title of their table, which says what ran where.
+
+    Raises:
+        QATError: If no TensorRT is installed, or it refuses a graph.
+    """
+    runtime = find_runtime()
+    gpu = gpu_name()
+    target = local_target(runtime)
+    example = torch.stack([data.test[i][0] for i in range(2)])
+    images = torch.stack([data.test[i % len(data.test)][0] for i in range(settings.engine_batch)])  # type: ignore[arg-type]
+    results = {}
+    with stage(console, "engines", len(ROWS)) as advance:
+        for key, row in ROWS.items():
+            stem = key.replace("_", "-")
+            file = export_for(runtime, models[row.model], out / f"{stem}-engine.onnx", example, row.fuse_adds)
+            # The largest batch of the test loader, and the one that is measured.
+            largest = max(4 * settings.batch_size, settings.engine_batch)
+            options: dict[str, Any] = {"targets": (target,)} if target else {}
+            with build(file, batch=(1, settings.engine_batch, largest), runtime=runtime, **options) as engine:
+                engine.save(out / f"{stem}.plan")
+                coverage = inspect(engine, onnx=str(file)).coverage if row.fuse_adds is not None else ""
+                result = EngineResult(row.label, len(engine.plan), coverage)
+                if gpu is not None:
+                    result = _measured(engine, result, predicted.get(key), images, data, settings)
+            results[key] = result
+            advance()
+    if gpu is None:
+        where = f"for {target}; there is no GPU here to run them on" if target else "but there is no GPU here to run them on"
+    else:
+        where = f"on {gpu}"
+    return results, f"engines by {runtime.title} {where}"
+
+
+def gpu_name() -> str | None:
+    """The CUDA device, if there is one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def local_target(runtime: Runtime) -> str | None:
+    """What a runtime that compiles ahead is to compile for: the GPU of this machine, or else the lowest it knows of 8.6 on."""
+    if not runtime.targets:
+        return None
+    if torch.cuda.is_available():
+        return "SM{}{}".format(*torch.cuda.get_device_capability())
+    return "SM86"
+
+
+def export_for(runtime: Runtime, model: nn.Module, path: Path, example: Tensor, fuse_adds: bool | None) -> Path:
+    """Export in the form that a version wants: precision as builder flags, or in the graph.
+
+    Args:
+        runtime: The TensorRT to export for.
+        model: A float model, or a calibrated one.
+        path: The file to write.
+        example: Images ``(2, 3, H, W)``.
+        fuse_adds: As in :func:`qat.export_onnx`; ``None`` for a float model.
+    """
+    options: dict[str, Any] = {"precision": "fp32" if runtime.weak_typing else "fp16"}
+    if not runtime.strong_typing:
+        options["opset"] = TENSORRT_8_OPSET
+    if fuse_adds is None:
+        return export_float(model, path, example, **options)
+    return export_onnx(model, path, example, fuse_adds=fuse_adds, **options)
+
+
+def _measured(
+    engine: Engine,
+    result: EngineResult,
+    expected: NDArray[Any] | None,
+    images: Tensor,
+    data: ImageData,
+    settings: ResNetSettings,
+) -> EngineResult:
+    found, labels = [], []
+    for batch, label in data.loader(data.test, 4 * settings.batch_size):
+        (logits,) = engine.run(batch.numpy()).values()
+        found.append(logits.argmax(1))
+        labels.append(label.numpy())
+    classes = np.concatenate(found)
+    scored: Accuracy = accuracy(classes, np.concatenate(labels))
+    times = [latency(engine, images[:size].numpy(), duration=1.0).compute.median for size in (1, len(images))]
+    return EngineResult(
+        result.label,
+        result.plan_bytes,
+        result.coverage,
+        scored.top1,
+        scored.stderr,
+        scored.balanced,
+        None if expected is None else float((classes == expected).mean()),
+        *times,
+    )
+
+
+def engine_table(results: Mapping[str, EngineResult], title: str, batch: int) -> Table:
+    """The table of the engines."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("engine")
+    for column in ("top-1 %", "same class as ONNX", "ms, 1 image", f"ms, {batch} images", "MB"):
+        table.add_column(column, justify="right")
+    table.add_column("in INT8")
+    for r in results.values():
+        table.add_row(
+            r.label,
+            "-" if r.top1 is None or r.stderr is None else f"{100 * r.top1:.2f} ± {100 * r.stderr:.2f}",
+            "-" if r.agreement is None else f"{r.agreement:.2%}",
+            "-" if r.ms is None else f"{r.ms:.3f}",
+            "-" if r.ms_batch is None else f"{r.ms_batch:.3f}",
+            f"{r.plan_bytes / 1e6:.2f}",
+            r.coverage or "-",
+        )
+    return table
+
+
+def to_dict(results: Mapping[str, EngineResult], title: str) -> dict[str, Any]:
+    """What ``metrics.json`` holds of the engines."""
+    return {"title": title, "results": {key: asdict(result) for key, result in results.items()}}

@@ -1,0 +1,63 @@
+"""export_float: the baseline file that an INT8 engine is compared with."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from export_nets import TwoHeads, images, tiny
+from torch import nn
+from torchvision.models import mobilenet_v2
+
+import qat
+from qat.export import export_float
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return mobilenet_v2(weights=None, num_classes=5).eval()
+
+
+def outputs(path, x):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})
+
+
+@pytest.mark.parametrize("opset", [17, 19, 23])
+def test_computes_what_the_model_computes_for_any_batch(model, tmp_path, opset):
+    x = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    path = export_float(model, tmp_path / "m.onnx", x[:1], opset=opset)
+    assert [entry.version for entry in onnx.load(path).opset_import if entry.domain == ""] == [opset]
+    with torch.no_grad():
+        np.testing.assert_allclose(outputs(path, x)[0], model(x).numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_half_graph_multiplies_in_half_and_keeps_float_inputs(model, tmp_path):
+    path = export_float(model, tmp_path / "m.onnx", torch.rand(1, 3, 64, 64), precision="fp16")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 52
+    assert {types[node.output[0]] for node in convolutions} == {onnx.TensorProto.FLOAT16}
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def test_model_is_left_in_its_mode_with_its_statistics(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    before = net[1].running_mean.clone()
+    export_float(net, tmp_path / "m.onnx", torch.rand(2, 3, 8, 8))
+    assert net[0].training
+    assert net[1].training
+    assert torch.equal(net[1].running_mean, before)
+
+
+def test_outputs_are_named_by_the_keys_of_a_dict(tmp_path):
+    path = export_float(TwoHeads().eval(), tmp_path / "m.onnx", images(1))
+    assert [value.name for value in onnx.load(path).graph.output] == ["out", "aux.0", "aux.1"]
+
+
+def test_prepared_model_is_refused(tmp_path):
+    with pytest.raises(qat.QATError, match=r"prepared.*qat\.export_onnx"):
+        export_float(tiny(), tmp_path / "m.onnx", images(1))
+    assert list(tmp_path.iterdir()) == []
