@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..bench import latency
 from ..export import export_float, export_onnx
-from ..tensorrt import Engine, Runtime, build, find_runtime, inspect
+from ..tensorrt import Engine, Inspection, Runtime, build, find_runtime, inspect
 from .data import ImageData
 from .evaluation import Accuracy, accuracy
 from .settings import ResNetSettings
@@ -43,10 +43,10 @@ class Row:
 
 ROWS = {
     "float": Row("float, FP16", "float", None),
-    "ptq": Row("PTQ, INT8", "ptq", False),
-    "ptq_fused": Row("PTQ, INT8, fused Adds", "ptq", True),
-    "qat": Row("QAT, INT8", "qat", False),
-    "qat_fused": Row("QAT, INT8, fused Adds", "qat", True),
+    "ptq": Row("PTQ", "ptq", False),
+    "ptq_fused": Row("PTQ, fused Adds", "ptq", True),
+    "qat": Row("QAT", "qat", False),
+    "qat_fused": Row("QAT, fused Adds", "qat", True),
 }
 
 
@@ -57,7 +57,9 @@ class EngineResult:
     Attributes:
         label: Row of the table.
         plan_bytes: Size of the engine.
-        coverage: What of the quantized graph runs in INT8.
+        coverage: What of the quantized graph runs in INT8, in words.
+        int8: Quantized convolutions and linear layers in INT8, of all of them; both 0 for a float engine.
+        adds: Fused additions, of all quantized ones.
         top1: Accuracy in ``[0, 1]``.
         stderr: Of the test set.
         balanced: Mean recall over classes.
@@ -69,6 +71,8 @@ class EngineResult:
     label: str
     plan_bytes: int
     coverage: str
+    int8: tuple[int, int] = (0, 0)
+    adds: tuple[int, int] = (0, 0)
     top1: float | None = None
     stderr: float | None = None
     balanced: float | None = None
@@ -116,8 +120,9 @@ def engine_results(
             options: dict[str, Any] = {"targets": (target,)} if target else {}
             with build(file, batch=(1, settings.engine_batch, largest), runtime=runtime, **options) as engine:
                 engine.save(out / f"{stem}.plan")
-                coverage = inspect(engine, onnx=str(file)).coverage if row.fuse_adds is not None else ""
-                result = EngineResult(row.label, len(engine.plan), coverage)
+                found = inspect(engine, onnx=str(file))
+                int8, adds = _good(found, "conv", "linear"), _good(found, "add")
+                result = EngineResult(row.label, len(engine.plan), found.coverage, int8, adds)
                 if gpu is not None:
                     result = _measured(engine, result, predicted.get(key), images, data, settings)
             results[key] = result
@@ -177,25 +182,31 @@ def _measured(
     classes = np.concatenate(found)
     scored: Accuracy = accuracy(classes, np.concatenate(labels))
     times = [latency(engine, images[:size].numpy(), duration=1.0).compute.median for size in (1, len(images))]
-    return EngineResult(
-        result.label,
-        result.plan_bytes,
-        result.coverage,
-        scored.top1,
-        scored.stderr,
-        scored.balanced,
-        None if expected is None else float((classes == expected).mean()),
-        *times,
+    agreement = None if expected is None else float((classes == expected).mean())
+    return replace(
+        result,
+        top1=scored.top1,
+        stderr=scored.stderr,
+        balanced=scored.balanced,
+        agreement=agreement,
+        ms=times[0],
+        ms_batch=times[1],
     )
+
+
+def _good(found: Inspection, *groups: str) -> tuple[int, int]:
+    members = [site for site in found.sites or () if site.group in groups]
+    return sum(site.is_good for site in members), len(members)
 
 
 def engine_table(results: Mapping[str, EngineResult], title: str, batch: int) -> Table:
     """The table of the engines."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("engine")
-    for column in ("top-1 %", "same class as ONNX", "ms, 1 image", f"ms, {batch} images", "MB"):
+    for column in ("top-1 %", "as ONNX", "ms, 1 image", f"ms, {batch}", "MB"):
         table.add_column(column, justify="right")
-    table.add_column("in INT8")
+    table.add_column("INT8 layers", justify="right")
+    table.add_column("fused Adds", justify="right")
     for r in results.values():
         table.add_row(
             r.label,
@@ -204,7 +215,7 @@ def engine_table(results: Mapping[str, EngineResult], title: str, batch: int) ->
             "-" if r.ms is None else f"{r.ms:.3f}",
             "-" if r.ms_batch is None else f"{r.ms_batch:.3f}",
             f"{r.plan_bytes / 1e6:.2f}",
-            r.coverage or "-",
+            *(f"{good} of {count}" if count else "-" for good, count in (r.int8, r.adds)),
         )
     return table
 

@@ -36,7 +36,7 @@ from .. import __version__
 from ..calibration import calibrate
 from ..callbacks import QATCallback
 from ..errors import QATError
-from ..export import ParityReport, export_onnx, parity
+from ..export import ParityReport, export_float, export_onnx, parity
 from ..preparation import prepare
 from .data import ImageData, load
 from .evaluation import accuracy, cpu_latency, open_session, predict_onnx, predict_torch
@@ -235,14 +235,6 @@ def export_all(
             advance()
     console.print(parity_table({files[key].name: figures for key, figures in found.items()}, len(images)))
     return files, found
-
-
-def export_float(model: nn.Module, path: Path, example: Tensor) -> None:
-    """Write a float model as ONNX with a dynamic batch."""
-    batch = {"x": {0: torch.export.Dim("batch")}}
-    torch.onnx.export(
-        model, (example,), str(path), input_names=["x"], dynamic_shapes=batch, dynamo=True, external_data=False, verbose=False
-    )
 
 
 def measure(
