@@ -17,7 +17,7 @@ from .calibrators import Calibrator
 from .context import TensorInfo, dtype_of
 from .engine import Engine
 from .files import write_whole
-from .log import BuildLog, Record, make_logger
+from .log import BuildLog, Record, messages_of
 from .progress import Display, Interruption, make_monitor
 from .runtime import Runtime, as_runtime
 
@@ -104,69 +104,70 @@ def build(
     if check:
         _check_graph(runtime, source)
     log = BuildLog()
-    interruption = Interruption(cancels=runtime.progress_monitor)
-    with interruption.noted():
-        parsed = _parse(runtime, source, log, make_logger(trt, log, verbose=verbose_log), strongly_typed)
-    network = parsed.network
-    if not network.num_outputs:
-        raise QATError(f"{_title(source)}: the graph has no outputs. Is it an ONNX file?")
-    types = _Types.of(trt, network)
-    profiles = _profiles(network, shapes or {}, batch)
-    for name in _listed(outputs):
-        _mark(network, name)
-    config = parsed.builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it, neither log nor inspector name tensors
-    profile = _add_profile(trt, parsed.builder, config, network, profiles, log)
-    _set_flag(config, trt.BuilderFlag.TF32, tf32)
-    _set_precisions(runtime, config, parsed.strong, types, fp16=fp16, bf16=bf16, int8=int8, calibrator=calibrator)
-    if fp32_layers:
-        _keep_float(runtime, config, network, parsed.strong, _listed(fp32_layers))
-    if workspace is not None:
-        if workspace <= 0:
-            raise QATError(f"workspace={workspace}: give a number of bytes above 0")
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    if optimization_level is not None:
-        if not 0 <= optimization_level <= 5:
-            raise QATError(f"optimization_level={optimization_level}: choose 0 (fast build) to 5 (fast engine)")
-        config.builder_optimization_level = optimization_level
-    if hardware_compatibility is not None:
-        config.hardware_compatibility_level = _member(
-            runtime,
-            "HardwareCompatibilityLevel",
-            hardware_compatibility,
-            "hardware_compatibility",
-            runtime.hardware_compatibility,
-        )
-    if version_compatible:
-        _set_flag(config, trt.BuilderFlag.VERSION_COMPATIBLE, True)
-    _set_targets(runtime, config, _listed(targets))
-    if tactic_sources is not None:
-        names = runtime.tactic_sources
-        members = [_member(runtime, "TacticSource", name, "tactic_sources", names) for name in _listed(tactic_sources)]
-        config.set_tactic_sources(sum(1 << int(member) for member in dict.fromkeys(members)))
-    cache = _timing_cache(runtime, config, timing_cache, log)
-    tensors = _signature(network, profiles)
-    calibration = None if calibrator is None else calibrator.attach(runtime, config, profile, tensors[0])
-    try:
-        plan = _run_builder(runtime, parsed.builder, network, config, interruption, progress=progress)
-    finally:
+    with messages_of(trt).recorded(log, verbose=verbose_log) as logger:
+        interruption = Interruption(cancels=runtime.progress_monitor)
+        with interruption.noted():
+            parsed = _parse(runtime, source, log, logger, strongly_typed)
+        network = parsed.network
+        if not network.num_outputs:
+            raise QATError(f"{_title(source)}: the graph has no outputs. Is it an ONNX file?")
+        types = _Types.of(trt, network)
+        profiles = _profiles(network, shapes or {}, batch)
+        for name in _listed(outputs):
+            _mark(network, name)
+        config = parsed.builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it, neither log nor inspector name tensors
+        profile = _add_profile(trt, parsed.builder, config, network, profiles, log)
+        _set_flag(config, trt.BuilderFlag.TF32, tf32)
+        _set_precisions(runtime, config, parsed.strong, types, fp16=fp16, bf16=bf16, int8=int8, calibrator=calibrator)
+        if fp32_layers:
+            _keep_float(runtime, config, network, parsed.strong, _listed(fp32_layers))
+        if workspace is not None:
+            if workspace <= 0:
+                raise QATError(f"workspace={workspace}: give a number of bytes above 0")
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+        if optimization_level is not None:
+            if not 0 <= optimization_level <= 5:
+                raise QATError(f"optimization_level={optimization_level}: choose 0 (fast build) to 5 (fast engine)")
+            config.builder_optimization_level = optimization_level
+        if hardware_compatibility is not None:
+            config.hardware_compatibility_level = _member(
+                runtime,
+                "HardwareCompatibilityLevel",
+                hardware_compatibility,
+                "hardware_compatibility",
+                runtime.hardware_compatibility,
+            )
+        if version_compatible:
+            _set_flag(config, trt.BuilderFlag.VERSION_COMPATIBLE, True)
+        _set_targets(runtime, config, _listed(targets))
+        if tactic_sources is not None:
+            names = runtime.tactic_sources
+            members = [_member(runtime, "TacticSource", name, "tactic_sources", names) for name in _listed(tactic_sources)]
+            config.set_tactic_sources(sum(1 << int(member) for member in dict.fromkeys(members)))
+        cache = _timing_cache(runtime, config, timing_cache, log)
+        tensors = _signature(network, profiles)
+        calibration = None if calibrator is None else calibrator.attach(runtime, config, profile, tensors[0])
+        try:
+            plan = _run_builder(runtime, parsed.builder, network, config, interruption, progress=progress)
+        finally:
+            if calibration is not None:
+                calibration.close()
         if calibration is not None:
-            calibration.close()
-    if calibration is not None:
-        calibration.finish(log, built=plan is not None)
-    if plan is None:
-        raise QATError(f"{runtime.title} could not build the engine{_remedy(log)}{log.quote()}")
-    if cache is not None:
-        assert timing_cache is not None
-        write_whole(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
-    return Engine(
-        bytes(memoryview(plan)),
-        runtime,
-        log=log,
-        onnx_path=None if isinstance(source, bytes) else str(source),
-        tensors=tensors,
-        host_code=version_compatible,
-    )
+            calibration.finish(log, built=plan is not None)
+        if plan is None:
+            raise QATError(f"{runtime.title} could not build the engine{_remedy(log)}{log.quote()}")
+        if cache is not None:
+            assert timing_cache is not None
+            write_whole(timing_cache, bytes(memoryview(cache.serialize())))
+        return Engine(
+            bytes(memoryview(plan)),
+            runtime,
+            log=log,
+            onnx_path=None if isinstance(source, bytes) else str(source),
+            tensors=tensors,
+            host_code=version_compatible,
+        )
 
 
 @dataclass

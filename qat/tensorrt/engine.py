@@ -11,7 +11,7 @@ from ..errors import QATError
 from .context import ExecutionContext, TensorInfo, dtype_of, is_torch
 from .cuda import Cuda, Handle, has_gpu
 from .files import read_whole, write_whole
-from .log import BuildLog, make_logger
+from .log import BuildLog, messages_of
 from .runtime import Runtime, as_runtime
 
 # Records of an engine at work: enough to explain an error, bounded for a service that runs for months.
@@ -40,6 +40,7 @@ class Engine:
         onnx_path: str | None = None,
         tensors: tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]] | None = None,
         host_code: bool = False,
+        title: str = "the engine",
     ) -> None:
         self.plan = plan
         self.runtime = runtime
@@ -48,6 +49,7 @@ class Engine:
         self.load_log = BuildLog()
         self._tensors = tensors
         self._host_code = host_code
+        self._title = title
         self._engine: Any = None
         self._context: ExecutionContext | None = None
         # The stream of NumPy runs, and the event and stream of the last run of any kind.
@@ -207,15 +209,14 @@ class Engine:
             )
         self._device = self.cuda.current_device()
         del self.load_log[:]
-        logger = make_logger(trt, self.load_log, verbose=False, keep=_KEPT)
-        runtime = trt.Runtime(logger)
+        runtime = trt.Runtime(messages_of(trt).listen(self.load_log, _KEPT))
         if self._host_code:
             runtime.engine_host_code_allowed = True
         self._engine = runtime.deserialize_cuda_engine(self.plan)
         if self._engine is None:
             raise QATError(
-                f"{self.runtime.title} cannot load the engine: it is corrupt, or was built by another version or for another "
-                f"GPU. Build it again here{self.load_log.quote()}"
+                f"{self.runtime.title} cannot load {self._title}: it is corrupt, or was built by another version or for "
+                f"another GPU. Build it again here{self.load_log.quote()}"
             )
 
     def _signature(self) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
@@ -242,7 +243,7 @@ def load(path: str | os.PathLike[str], runtime: Runtime | str | None = None, *, 
     plan = read_whole(path)
     if not plan:
         raise QATError(f"{os.fspath(path)}: the file is empty, not a TensorRT plan")
-    return Engine(plan, as_runtime(runtime), host_code=host_code)
+    return Engine(plan, as_runtime(runtime), host_code=host_code, title=os.fspath(path))
 
 
 def _tensors(trt: Any, engine: Any) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 _SEVERE = ("INTERNAL_ERROR", "ERROR")
@@ -42,28 +46,71 @@ class BuildLog(list[Record]):
         return "".join(f"\n  TensorRT: {message}" for message in seen[-last:])
 
 
-def make_logger(trt: Any, log: BuildLog, *, verbose: bool = True, keep: int | None = None) -> Any:
-    """A TensorRT logger that writes into ``log``.
+class _Sink:
+    """A log, and what of the messages it wants. Weak: an engine that nobody uses any more takes its log along."""
 
-    Args:
-        trt: The module ``tensorrt`` or ``tensorrt_rtx``.
-        log: Where to.
-        verbose: Whether to keep VERBOSE records, which list what every layer became.
-        keep: How many records to keep, the last ones; None for all.
+    def __init__(self, log: BuildLog, verbose: bool, keep: int | None) -> None:
+        self.log = weakref.ref(log)
+        self.verbose = verbose
+        self.keep = keep
+
+    def add(self, severity: str, message: str) -> None:
+        log = self.log()
+        if log is not None and (self.verbose or severity != "VERBOSE"):
+            log.append(Record(severity, message))
+            if self.keep is not None:
+                del log[: -self.keep]
+
+
+class Messages:
+    """The one logger that a process gives to a TensorRT, and who listens.
+
+    TensorRT keeps the first logger of a process for good, beside those of its builders and runtimes, so a logger of each
+    build or engine would be called after it is gone.
+
+    Attributes:
+        logger: The ``ILogger`` to pass to TensorRT.
     """
-    # The base class exists only once a runtime is imported.
-    severities = {getattr(trt.ILogger, name): name for name in (*_SEVERE, "WARNING", "INFO", "VERBOSE")}
 
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            # pybind11 crashes on an instance whose own base was not initialized.
-            trt.ILogger.__init__(self)
+    def __init__(self, trt: Any) -> None:
+        self._builds: list[_Sink] = []
+        self._listeners: list[_Sink] = []
+        severities = {getattr(trt.ILogger, name): name for name in (*_SEVERE, "WARNING", "INFO", "VERBOSE")}
+        deliver = self._deliver
 
-        def log(self, severity: Any, message: str) -> None:
-            name = severities[severity]
-            if verbose or name != "VERBOSE":
-                log.append(Record(name, message))
-            if keep is not None:
-                del log[:-keep]
+        # The base class exists only once a runtime is imported.
+        class Logger(trt.ILogger):
+            def __init__(self) -> None:
+                # pybind11 crashes on an instance whose own base was not initialized.
+                trt.ILogger.__init__(self)
 
-    return Logger()
+            def log(self, severity: Any, message: str) -> None:
+                deliver(severities[severity], message)
+
+        self.logger = Logger()
+
+    @contextlib.contextmanager
+    def recorded(self, log: BuildLog, *, verbose: bool) -> Iterator[Any]:
+        """While the block runs, messages go to ``log`` alone, VERBOSE ones if asked for; gives the logger."""
+        sink = _Sink(log, verbose, None)
+        self._builds.append(sink)
+        try:
+            yield self.logger
+        finally:
+            self._builds.remove(sink)
+
+    def listen(self, log: BuildLog, keep: int) -> Any:
+        """From now on ``log`` gets what is said outside of builds, the last ``keep`` messages; gives the logger."""
+        self._listeners = [sink for sink in self._listeners if (known := sink.log()) is not None and known is not log]
+        self._listeners.append(_Sink(log, False, keep))
+        return self.logger
+
+    def _deliver(self, severity: str, message: str) -> None:
+        for sink in self._builds[-1:] or self._listeners:
+            sink.add(severity, message)
+
+
+@functools.cache
+def messages_of(trt: Any) -> Messages:
+    """The messages of the module ``tensorrt`` or ``tensorrt_rtx``: one for the process, as TensorRT's own logger is."""
+    return Messages(trt)
