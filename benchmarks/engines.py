@@ -9,7 +9,7 @@ Two stages, because a machine with TensorRT need not have PyTorch:
 ``export`` writes for each model, with random weights and scales calibrated on random images: the float graph, the INT8 graph
 with Q/DQ on both inputs of every residual Add, and the one with fused Adds; and what PyTorch computes for the same images.
 ``build`` builds each graph for each batch size, measures it, and adds a row to the results; rows are kept by the hash of the
-ONNX file, so a run that was cut off goes on where it stopped. Layer listings go beside the results.
+ONNX file, so a run that was cut off goes on where it stopped. Plans and listings of their layers stay in the folder.
 """
 
 from __future__ import annotations
@@ -91,36 +91,51 @@ def export(args: argparse.Namespace) -> None:
 
 
 def build(args: argparse.Namespace) -> None:
-    """Plans first, several at a time, since a build is the work of one CPU core; then each is measured alone."""
-    start = time.monotonic()
-    rows: dict[str, dict[str, Any]] = json.loads(args.results.read_text()) if args.results.exists() else {}
-    jobs = [job for job in wanted(args) if job.key not in rows]
+    """All engines in one process: its first build takes half a minute longer. One that crashes is left out of the next."""
+    until = time.time() + args.seconds
+    note = args.results.with_suffix(".current")
+    crashed: list[str] = []
+    while time.time() < until:
+        command = [sys.executable, "-X", "faulthandler", __file__, "work", str(args.folder), "--results", str(args.results)]
+        command += ["--models", ",".join(args.models), "--batches", ",".join(map(str, args.batches))]
+        command += ["--duration", str(args.duration), "--until", str(until), "--skip", ";".join(crashed)]
+        for name in ("timing_cache", "workspace"):
+            if getattr(args, name) is not None:
+                command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+        if args.tactic_sources:
+            command += ["--tactic-sources", ",".join(args.tactic_sources)]
+        status = subprocess.run(command, check=False).returncode
+        if status == 0 or not note.exists():
+            return
+        crashed.append(note.read_text())
+        print(f"CRASHED with status {status}: {crashed[-1]}", flush=True)
 
-    def make(job: Job) -> tuple[Job, str]:
-        if job.plan.exists():
-            return job, ""
-        if time.monotonic() - start > args.seconds:
-            return job, "no time left"
-        begin = time.monotonic()
-        failure = child("plan", job, args, timeout=args.timeout)
-        return job, failure or f"built in {time.monotonic() - begin:.0f} s"
 
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for job, said in pool.map(make, jobs):
-            print(f"{job.model:16} {job.variant:10} batch {job.batch:3}: {said}", flush=True)
-    for job in jobs:
-        if not job.plan.exists():
+def work(args: argparse.Namespace) -> None:
+    """Build and measure what the results do not hold yet; the results are saved after each."""
+    from qat.errors import QATError
+
+    rows = read(args.results)
+    note = args.results.with_suffix(".current")
+    for job in wanted(args):
+        if job.key in rows or job.key in args.skip or time.time() > args.until:
             continue
-        found = job.plan.with_suffix(".json")
-        failure = child("measure", job, args, timeout=args.timeout)
-        if failure:
-            print(f"{job.model:16} {job.variant:10} batch {job.batch:3}: {failure}", flush=True)
+        note.write_text(job.key)
+        title = f"{job.model:16} {job.variant:10} batch {job.batch:3}"
+        try:
+            rows[job.key] = {"model": job.model, "variant": job.variant, "batch": job.batch, **measure(job, args)}
+        except QATError as error:
+            print(f"{title}: {error}", flush=True)
             continue
-        rows[job.key] = {"model": job.model, "variant": job.variant, "batch": job.batch, **json.loads(found.read_text())}
         temporary = args.results.with_suffix(".tmp")
         temporary.write_text(json.dumps(rows, indent=1))
         temporary.replace(args.results)
-        print(f"{job.model:16} {job.variant:10} batch {job.batch:3}: {rows[job.key]}", flush=True)
+        print(f"{title}: {rows[job.key]}", flush=True)
+    note.unlink(missing_ok=True)
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    return json.loads(results.read_text()) if results.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -152,59 +167,32 @@ def wanted(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def child(stage: str, job: Job, args: argparse.Namespace, timeout: float) -> str:
-    """Run one stage of one engine in a process of its own, which may crash; returns what went wrong, or nothing."""
-    command = [sys.executable, "-X", "faulthandler", __file__, stage, str(job.file), str(job.plan), job.variant, str(job.batch)]
-    command += ["--duration", str(args.duration)]
-    if args.timing_cache:
-        # One a process at a time: they would overwrite each other's.
-        command += ["--timing-cache", f"{args.timing_cache}-{job.model}-{job.variant.replace(' ', '-')}-{job.batch}"]
-    if args.tactic_sources:
-        command += ["--tactic-sources", ",".join(args.tactic_sources)]
-    if args.workspace:
-        command += ["--workspace", str(args.workspace)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return f"{stage}: not done after {timeout:.0f} s"
-    return f"{stage}: exit status {done.returncode}: {done.stderr[-1500:]}" if done.returncode else ""
-
-
-def plan(args: argparse.Namespace) -> None:
-    """One engine, into its plan."""
-    import qat.tensorrt
-
-    engine = qat.tensorrt.build(
-        args.file,
-        **VARIANTS[args.variant][1],
-        batch=args.batch,
-        timing_cache=args.timing_cache,
-        tactic_sources=args.tactic_sources,
-        workspace=args.workspace,
-        check=False,
-        verbose_log=False,
-    )
-    engine.save(args.plan)
-
-
-def measure(args: argparse.Namespace) -> None:
-    """Run one plan; latency in ms, into a JSON file beside it, and its layers."""
+def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    """Build one engine and run it: latency in ms. Its plan and its layers stay beside the graph."""
     import qat.bench
     import qat.tensorrt
 
-    graph = VARIANTS[args.variant][0]
-    with np.load(args.file.parent / f"{args.file.stem.rpartition('-')[0]}.npz") as data:
+    graph, flags = VARIANTS[job.variant]
+    with np.load(args.folder / f"{job.model}.npz") as data:
         images, expected = data["images"], data[graph]
-    repeat = -(-args.batch // len(images))
-    images, expected = (np.ascontiguousarray(np.concatenate([a] * repeat)[: args.batch]) for a in (images, expected))
-    with qat.tensorrt.load(args.plan) as engine:
+    repeat = -(-job.batch // len(images))
+    images, expected = (np.ascontiguousarray(np.concatenate([a] * repeat)[: job.batch]) for a in (images, expected))
+    begin = time.monotonic()
+    if job.plan.exists():
+        engine = qat.tensorrt.load(job.plan)
+    else:
+        options = {"timing_cache": args.timing_cache, "tactic_sources": args.tactic_sources, "workspace": args.workspace}
+        engine = qat.tensorrt.build(job.file, **flags, batch=job.batch, check=False, verbose_log=False, **options)
+        engine.save(job.plan)
+    seconds = time.monotonic() - begin
+    with engine:
         (output,) = engine.run(images).values()
-        found = qat.bench.latency(engine, {engine.inputs[0].name: images}, duration=args.duration)
+        found = qat.bench.latency(engine, images, duration=args.duration)
         if engine.layer_information:
-            args.plan.with_suffix(".layers.json").write_text(engine.layer_information)
+            job.plan.with_suffix(".layers.json").write_text(engine.layer_information)
         version = engine.runtime.module.__version__
     error = float(np.linalg.norm(output.astype(np.float64) - expected) / np.linalg.norm(expected))
-    row = {
+    return {
         "median": round(found.compute.median, 4),
         "min": round(found.compute.minimum, 4),
         "p99": round(found.compute.p99, 4),
@@ -212,13 +200,13 @@ def measure(args: argparse.Namespace) -> None:
         "enqueue": round(found.enqueue.median, 4) if found.enqueue else None,
         "relative_error": round(error, 5),
         "top1": round(float((output.argmax(1) == expected.argmax(1)).mean()), 4),
+        "build_seconds": round(seconds, 1),
         "tensorrt": version,
     }
-    args.plan.with_suffix(".json").write_text(json.dumps(row))
 
 
 def table(args: argparse.Namespace) -> None:
-    rows = list(json.loads(args.results.read_text()).values())
+    rows = list(read(args.results).values())
     print("| model | batch | " + " | ".join(VARIANTS) + " | fused : FP16 | error both | error fused |")
     print("|---|---|" + "---|" * (len(VARIANTS) + 3))
     for batch in sorted({row["batch"] for row in rows}):
@@ -234,43 +222,35 @@ def table(args: argparse.Namespace) -> None:
             print(f"| {name} | {batch} | " + " | ".join([*times, ratio, *errors]) + " |")
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--timing-cache", type=Path)
-    parser.add_argument("--tactic-sources", type=lambda text: tuple(text.split(",")), help="by default those of TensorRT")
-    parser.add_argument("--workspace", type=int, help="bytes")
-
-
 def main() -> None:
+    def names(text: str) -> tuple[str, ...]:
+        return tuple(text.split(","))
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    names = lambda text: tuple(text.split(","))  # noqa: E731
-    sub = commands.add_parser("export")
+    sub = commands.add_parser("export", help="graphs and what PyTorch computes; needs PyTorch")
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--models", type=names, default=MODELS)
     sub.add_argument("--opset", type=int, default=17, help="17 for TensorRT 8.6")
     sub.add_argument("--jobs", type=int, default=4)
     sub.set_defaults(run=export)
-    sub = commands.add_parser("build")
-    sub.add_argument("folder", type=Path)
-    sub.add_argument("--results", type=Path, required=True)
-    sub.add_argument("--models", type=names, default=MODELS)
-    sub.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=(32, 1, 128))
-    sub.add_argument("--seconds", type=float, default=1e9, help="start no build after this time")
-    sub.add_argument("--duration", type=float, default=1.0, help="seconds of measuring an engine")
-    sub.add_argument("--jobs", type=int, default=1, help="builds side by side; measuring is always alone")
-    sub.add_argument("--timeout", type=float, default=600, help="seconds for one engine")
-    options(sub)
-    sub.set_defaults(run=build)
-    for name, function in (("plan", plan), ("measure", measure)):
-        sub = commands.add_parser(name, help="one engine; what build calls")
-        sub.add_argument("file", type=Path)
-        sub.add_argument("plan", type=Path)
-        sub.add_argument("variant", choices=list(VARIANTS))
-        sub.add_argument("batch", type=int)
-        sub.add_argument("--duration", type=float, default=1.0)
-        options(sub)
+    for name, function in (("build", build), ("work", work)):
+        sub = commands.add_parser(name, help="build and measure" if name == "build" else "one process of build")
+        sub.add_argument("folder", type=Path)
+        sub.add_argument("--results", type=Path, required=True)
+        sub.add_argument("--models", type=names, default=MODELS)
+        sub.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), default=(32, 1, 128))
+        sub.add_argument("--duration", type=float, default=1.0, help="seconds of measuring an engine")
+        sub.add_argument("--timing-cache", type=Path)
+        sub.add_argument("--tactic-sources", type=names, help="by default those of TensorRT")
+        sub.add_argument("--workspace", type=int, help="bytes")
         sub.set_defaults(run=function)
-    sub = commands.add_parser("table")
+        if name == "build":
+            sub.add_argument("--seconds", type=float, default=1e9, help="start no build after this time")
+        else:
+            sub.add_argument("--until", type=float, default=1e18)
+            sub.add_argument("--skip", type=lambda text: tuple(text.split(";")), default=())
+    sub = commands.add_parser("table", help="the results as a table")
     sub.add_argument("results", type=Path)
     sub.set_defaults(run=table)
     args = parser.parse_args()
