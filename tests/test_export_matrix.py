@@ -45,7 +45,7 @@ def prepared(expected: Expected, size: int) -> tuple[nn.Module, torch.Tensor]:
 
 def assert_half_and_int8(model: nn.Module, x: torch.Tensor, folder: Path, nodes: int, **options: Any) -> None:
     path = qat.export_onnx(model, folder / "m.onnx", x, precision="fp16", **options)
-    assert [str(finding) for finding in check_onnx(path) if finding.level == "error"] == []
+    assert [str(finding) for finding in check_onnx(path) if finding.level != "note"] == []
     proto = onnx.load(path)
     inferred = onnx.shape_inference.infer_shapes(proto).graph
     kinds = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}

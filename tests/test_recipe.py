@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -430,3 +431,48 @@ def test_float_weights_can_start_another_run(finished):
     model = build("resnet20", 10)
     resnet.load_weights(model, str(finished[1] / "float.pt"))
     assert torch.equal(model.fc.bias, torch.load(finished[1] / "float.pt", weights_only=True)["fc.bias"])
+
+
+# Engines
+
+
+@pytest.fixture(scope="module")
+def engines(finished, tmp_path_factory):
+    """A run from the float weights of the other one that builds engines: exit code and output folder."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (pip install -e '.[rtx]')")
+    out = tmp_path_factory.mktemp("engines") / "out"
+    arguments = ["--weights", str(finished[1] / "float.pt"), "--qat-epochs", "1", "--device", "cpu", "--out", str(out)]
+    return resnet.main([*arguments, "--engine"]), out
+
+
+def test_engines_cover_every_quantized_layer(engines):
+    code, out = engines
+    found = json.loads((out / "metrics.json").read_text())["engines"]["results"]
+    assert code == 0
+    # He et al. 2015, section 4.2: 6n + 2 layers with n = 3, of which the last is the head, and 3n Adds.
+    assert {key: row["int8"] for key, row in found.items()} == {
+        "float": [0, 0],
+        **{key: [19, 19] for key in ("ptq", "ptq_fused", "qat", "qat_fused")},
+    }
+    assert {row["adds"][1] for key, row in found.items() if key != "float"} == {9}
+
+
+def test_engines_are_plans_of_the_files_beside_them(engines):
+    out = engines[1]
+    stems = ("float", "ptq", "ptq-fused", "qat", "qat-fused")
+    assert all((out / f"{stem}.plan").stat().st_size > 10_000 for stem in stems)
+    pairs = {}
+    for stem in stems:
+        nodes = onnx.load(out / f"{stem}-engine.onnx").graph.node
+        pairs[stem] = sum(node.op_type == "QuantizeLinear" for node in nodes)
+    assert pairs["float"] == 0
+    assert pairs["ptq"] == pairs["qat"] > pairs["ptq-fused"] == pairs["qat-fused"] > 0
+
+
+def test_without_a_gpu_nothing_is_measured_and_the_title_says_so(engines):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    found = json.loads((engines[1] / "metrics.json").read_text())["engines"]
+    assert "there is no GPU here" in found["title"]
+    assert {row["ms"] for row in found["results"].values()} == {None}
+    assert {row["top1"] for row in found["results"].values()} == {None}
