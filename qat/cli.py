@@ -481,6 +481,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help=text)
     parser.add_argument("--onnx", metavar="MODEL", help="the ONNX file of the engine: tells which sites lost INT8 and why")
     parser.add_argument("--target", default="SM86", metavar="SM86", help="GPU to build an ONNX file for (default: SM86)")
+    parser.add_argument("--times", action="store_true", help="measure each layer of an engine on random inputs; needs its GPU")
     parser.add_argument("--png", metavar="OUT", help="draw the layers")
     _json_flag(parser)
     _runtime_option(parser)
@@ -491,7 +492,17 @@ def _inspect(args: argparse.Namespace) -> int:
 
     if not Path(args.file).is_file():
         raise QATError(f"{args.file}: no such file")
-    inspection = tensorrt.inspect(args.file, onnx=args.onnx, target=args.target, runtime=args.runtime)
+    engine: Any = args.file
+    times = None
+    if args.times:
+        from .bench.targets import random_array
+
+        if Path(args.file).suffix in (".onnx", ".json", ".log", ".txt"):
+            raise QATError(f"--times: {args.file} is no engine. Build one with qat build, and pass its plan")
+        engine = tensorrt.load(args.file, runtime=args.runtime)
+        inputs = {info.name: random_array(info.dtype_name, tuple(info.opt)) for info in engine.inputs}
+        times = tensorrt.layer_times(engine, inputs)
+    inspection = tensorrt.inspect(engine, onnx=args.onnx, times=times, target=args.target, runtime=args.runtime)
     if args.json:
         print(inspection.to_json())
     else:

@@ -59,6 +59,7 @@ class FakeTensorRT(ModuleType):
     Attributes:
         configs: Configuration of each build.
         network_flags: Argument of each ``create_network``.
+        layer_time: Called by a profiled run with a layer's name; its time in ms.
         on_build: Called inside each build with (builder, network, config); may log and return None to fail it.
     """
 
@@ -70,6 +71,7 @@ class FakeTensorRT(ModuleType):
         self.network_flags: list[int] = []
         self.on_build: Any = lambda builder, network, config: True
         self.fail_context = False
+        self.layer_time: Any = lambda name: 1.0
         _add_enumerations(self)
         _add_classes(self)
 
@@ -97,6 +99,7 @@ def _add_classes(trt: Any) -> None:
     for i, name in enumerate(("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")):
         setattr(ILogger, name, f"severity {i}")
     trt.ILogger = ILogger
+    trt.IProfiler = type("IProfiler", (), {"__init__": lambda self: None})
     trt.Builder = lambda logger: Builder(trt, logger)
     trt.OnnxParser = lambda network, logger: Parser(trt, network, logger)
     trt.Runtime = lambda logger: Runtime(trt, logger)
@@ -379,6 +382,7 @@ class Context:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.streams: list[int] = []
+        self.profiler: Any = None
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
@@ -396,6 +400,10 @@ class Context:
         inputs = {name: self._view(name, shape) for name, shape in self.shapes.items()}
         for name, value in self._evaluate(inputs).items():
             self._view(name, value.shape)[...] = value
+        # ``enqueue_emits_profile`` is on by default.
+        if self.profiler is not None:
+            for layer in self.engine.network.layers:
+                self.profiler.report_layer_time(layer.name, self.engine.trt.layer_time(layer.name))
         return True
 
     def _dtype(self, name: str) -> np.dtype[Any]:

@@ -484,3 +484,9 @@ class _Engine:
 def test_verify_an_engine_on_random_inputs(capsys, monkeypatch, path, offset, status):
     monkeypatch.setattr(tensorrt, "load", lambda plan, runtime=None: _Engine(path, offset))
     assert run(capsys, "verify", path, "--engine", "m.plan", "--no-locate")[0] == status
+
+
+def test_times_need_an_engine(tmp_path, capsys):
+    (tmp_path / "model.onnx").write_bytes(b"")
+    assert main(["inspect", str(tmp_path / "model.onnx"), "--times"]) == 2
+    assert "is no engine" in capsys.readouterr().err

@@ -6,6 +6,8 @@ tested is that the right bytes lie at the right addresses. Real runs are marked 
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import export_nets
 import numpy as np
 import onnxruntime
@@ -16,7 +18,7 @@ from rtx import needs_rtx
 
 import qat
 from qat.errors import QATError
-from qat.tensorrt import Engine, Runtime, build, load
+from qat.tensorrt import Engine, Runtime, build, layer_times, load
 from qat.tensorrt.cuda import Cuda, has_gpu
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="running an engine needs a CUDA device")]
@@ -407,3 +409,33 @@ class TestOnGpu:
         before = engine.cuda.free_memory()
         engine.close()
         assert engine.cuda.free_memory() >= before
+
+
+# --- times of layers -------------------------------------------------------------------------------------------------
+
+
+def test_recorded_layer_times_are_medians_after_the_warm_up(recorded, library, tmp_path):
+    times = defaultdict(lambda: iter([9.0, 1.0, 4.0]))
+    recorded.layer_time = lambda name: next(times[name])
+    engine = doubling(recorded, library, tmp_path)
+    found = layer_times(engine, numbers(*engine.inputs[0].opt), runs=3, warm_up=5)
+    assert set(found.values()) == {4.0}
+    assert set(found) == set(times)
+
+
+def test_recorded_layer_times_give_streams_and_memory_back(recorded, library, tmp_path):
+    engine = doubling(recorded, library, tmp_path)
+    inputs = numbers(*engine.inputs[0].opt)
+    engine.run(inputs)
+    engine.close()
+    before = len(library.memory)
+    del library.events[:]
+    layer_times(engine, inputs, runs=1)
+    engine.close()
+    assert len(library.memory) == before
+    assert [e[0] for e in library.events].count("create stream") == [e[0] for e in library.events].count("destroy stream") == 1
+
+
+def test_layer_times_of_no_run(recorded, library, tmp_path):
+    with pytest.raises(QATError, match="runs=0: measure at least one"):
+        layer_times(doubling(recorded, library, tmp_path), numbers(2, 3), runs=0)

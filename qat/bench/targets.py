@@ -89,6 +89,8 @@ def open_target(
         elif is_a(target, "onnxruntime", "InferenceSession"):
             opened = _session(target, inputs, batch)
         elif is_a(target, "qat.tensorrt.engine", "Engine"):
+            # Deserialized first: without a GPU the engine says so better than a stream that cannot be made.
+            _ = target.handle
             events = CudaEvents(spin_wait=spin_wait)
             stack.callback(events.close)
             opened = open_engine(target, inputs, batch, copies, cuda_graph, events, stack)

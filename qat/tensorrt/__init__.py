@@ -8,12 +8,14 @@ from .calibrators import EntropyCalibrator, EntropyCalibrator2, LegacyCalibrator
 from .engine import Engine, ExecutionContext, TensorInfo, load
 from .inspect import Inspection, Site, inspect
 from .log import BuildLog, Record
+from .profile import layer_times
 from .runtime import Runtime, find_runtime
 
 __all__ = [
     "build",
     "load",
     "inspect",
+    "layer_times",
     "find_runtime",
     "BuildLog",
     "Engine",

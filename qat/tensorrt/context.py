@@ -93,6 +93,7 @@ class ExecutionContext:
         self._buffers = {info.name: Buffer(self._cuda) for info in chain(*self._signature)}
         self._inputs: dict[str, Any] = {}
         self.outputs: dict[str, Any] = {}
+        self._profiler: Any = None
 
     @property
     def bytes_in(self) -> int:
@@ -165,6 +166,11 @@ class ExecutionContext:
         """
         if not self._context.execute_async_v3(stream):
             raise QATError(f"the engine did not start{self._log.quote()}")
+
+    def report_to(self, profiler: Any) -> None:
+        """Let an ``IProfiler`` hear the time of each layer from the next :meth:`enqueue` on, which then waits for the GPU."""
+        self._profiler = profiler  # TensorRT does not keep it alive
+        self._context.profiler = profiler
 
     def download(self, stream: int) -> None:
         """Copy the outputs into the NumPy arrays of :attr:`outputs` in the order of ``stream``."""
