@@ -66,7 +66,7 @@ def export(folder: Path) -> None:
             arrays[name] = model(images).numpy()
     changed = onnx.load(folder / "both.onnx")
     scale = next(t for t in changed.graph.initializer if t.name == "2.conv1.input_quantizer/scale")
-    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.5), scale.name))
+    scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(8), scale.name))
     onnx.save(changed, folder / "changed.onnx")
     np.savez(folder / "arrays.npz", **arrays)
 
