@@ -192,7 +192,7 @@ def bad_inputs_are_refused(at: Place) -> str:
             refusal(lambda: engine.run(images.astype(np.float64)), name, "float64"),
             refusal(lambda: engine.run(np.concatenate([images, images])), name, "16"),
             refusal(lambda: engine.run(images[:, :, ::2]), name),
-            refusal(lambda: engine.run({"nonsense": images}), "nonsense"),
+            refusal(lambda: engine.run({"nonsense": images}), name, "missing"),
             refusal(lambda: engine.run(np.asfortranarray(images)), name),
         ]
         (found,) = engine.run(images).values()
