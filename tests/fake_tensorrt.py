@@ -450,6 +450,12 @@ class FakeCudaLibrary:
         device._obj.value = self.device
         return 0
 
+    def cudaDeviceGetAttribute(self, value: Any, attribute: Any, device: Any) -> int:
+        # Numbered as in cuda_runtime_api.h: 75 and 76 are the compute capability.
+        value._obj.value = {75: 8, 76: 9}[attribute.value]
+        assert device.value == self.device
+        return 0
+
     def cudaMalloc(self, pointer: Any, size: Any) -> int:
         if self.allocated + size.value > self.limit:
             return 2

@@ -18,8 +18,8 @@ from rtx import needs_rtx
 
 import qat
 from qat.errors import QATError
-from qat.tensorrt import Engine, Runtime, build, layer_times, load
-from qat.tensorrt.cuda import Cuda, has_gpu
+from qat.tensorrt import Engine, Runtime, build, inspect, layer_times, load
+from qat.tensorrt.cuda import Cuda, has_gpu, local_target
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="running an engine needs a CUDA device")]
 
@@ -409,6 +409,33 @@ class TestOnGpu:
         before = engine.cuda.free_memory()
         engine.close()
         assert engine.cuda.free_memory() >= before
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+def test_recorded_compute_capability(library):
+    assert Cuda(library).capability() == (8, 9)
+
+
+@needs_rtx
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_without_a_gpu_rtx_builds_for_the_oldest_that_users_have(tmp_path):
+    path = qat.export_onnx(export_nets.tiny(), tmp_path / "m.onnx", export_nets.images(1))
+    assert local_target() is None
+    engine = build(path, runtime="tensorrt_rtx")
+    assert engine.targets == ("SM86",)
+    assert inspect(engine).target == "SM86"
+
+
+@needs_rtx
+def test_engine_knows_its_targets(tmp_path):
+    path = qat.export_onnx(export_nets.tiny(), tmp_path / "m.onnx", export_nets.images(1))
+    assert build(path, runtime="tensorrt_rtx", targets=["SM89", "SM86"]).targets == ("SM89", "SM86")
+
+
+def test_recorded_engine_of_the_local_gpu_has_no_targets(recorded, library, tmp_path):
+    assert doubling(recorded, library, tmp_path).targets == ()
 
 
 # --- times of layers -------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def engine_results(
     """
     runtime = find_runtime()
     gpu = gpu_name()
-    target = local_target(runtime)
+    target = ""
     example = torch.stack([data.test[i][0] for i in range(2)])
     images = torch.stack([data.test[i % len(data.test)][0] for i in range(settings.engine_batch)])  # type: ignore[arg-type]
     results = {}
@@ -117,8 +117,8 @@ def engine_results(
             file = export_for(runtime, models[row.model], out / f"{stem}-engine.onnx", example, row.fuse_adds)
             # The largest batch of the test loader, and the one that is measured.
             largest = max(4 * settings.batch_size, settings.engine_batch)
-            options: dict[str, Any] = {"targets": (target,)} if target else {}
-            with build(file, batch=(1, settings.engine_batch, largest), runtime=runtime, **options) as engine:
+            with build(file, batch=(1, settings.engine_batch, largest), runtime=runtime) as engine:
+                target = " for " + engine.targets[0] if engine.targets else ""
                 engine.save(out / f"{stem}.plan")
                 found = inspect(engine, onnx=str(file))
                 int8, adds = _good(found, "conv", "linear"), _good(found, "add")
@@ -127,25 +127,13 @@ def engine_results(
                     result = _measured(engine, result, predicted.get(key), images, data, settings)
             results[key] = result
             advance()
-    if gpu is None:
-        where = f"for {target}; there is no GPU here to run them on" if target else "but there is no GPU here to run them on"
-    else:
-        where = f"on {gpu}"
-    return results, f"engines by {runtime.title} {where}"
+    where = "; there is no GPU here to run them on" if gpu is None else f" on {gpu}"
+    return results, f"engines by {runtime.title}{target}{where}"
 
 
 def gpu_name() -> str | None:
     """The CUDA device, if there is one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def local_target(runtime: Runtime) -> str | None:
-    """What a runtime that compiles ahead is to compile for: the GPU of this machine, or else the lowest it knows of 8.6 on."""
-    if not runtime.targets:
-        return None
-    if torch.cuda.is_available():
-        return "SM{}{}".format(*torch.cuda.get_device_capability())
-    return "SM86"
 
 
 def export_for(runtime: Runtime, model: nn.Module, path: Path, example: Tensor, fuse_adds: bool | None) -> Path:

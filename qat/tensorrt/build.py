@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import QATError
 from .calibrators import Calibrator
 from .context import TensorInfo, dtype_of
+from .cuda import local_target
 from .engine import Engine
 from .files import write_whole
 from .log import BuildLog, Record, messages_of
@@ -23,6 +24,8 @@ from .runtime import Runtime, as_runtime
 
 Shape = Sequence[int]
 _HALF, _BF16 = "float16", "bfloat16"
+# What TensorRT-RTX compiles for on a machine without a GPU.
+DEFAULT_TARGET = "SM86"
 
 
 def build(
@@ -40,7 +43,7 @@ def build(
     optimization_level: int | None = None,
     hardware_compatibility: str | None = None,
     version_compatible: bool = False,
-    targets: Sequence[str] = ("SM86",),
+    targets: Sequence[str] | None = None,
     tactic_sources: Sequence[str] | None = None,
     calibrator: Calibrator | None = None,
     outputs: Sequence[str] = (),
@@ -73,8 +76,8 @@ def build(
         optimization_level: 0 (fast build) to 5 (fast engine). Default: the library's (3).
         hardware_compatibility: Level such as ``"ampere_plus"``: the engine runs on other GPUs too. Not for TensorRT-RTX.
         version_compatible: The engine loads in later minor versions too.
-        targets: TensorRT-RTX: compute capabilities to compile for. With several, its log describes one of them.
-            No other runtime has a choice: they build for the GPU that is there.
+        targets: TensorRT-RTX: compute capabilities to compile for, such as ``("SM86", "SM89")``; its log describes one of
+            them. Default: the GPU that is there, without one ``SM86``. The other runtimes build for the GPU that is there.
         tactic_sources: Names of the libraries that tactics may come from, such as ``("JIT_CONVOLUTIONS",)``. Default: the
             library's choice.
         calibrator: For a graph without Q/DQ, up to TensorRT 10: see :mod:`qat.tensorrt.calibrators`.
@@ -140,7 +143,7 @@ def build(
             )
         if version_compatible:
             _set_flag(config, trt.BuilderFlag.VERSION_COMPATIBLE, True)
-        _set_targets(runtime, config, _listed(targets))
+        built_for = _set_targets(runtime, config, None if targets is None else _listed(targets))
         if tactic_sources is not None:
             names = runtime.tactic_sources
             members = [_member(runtime, "TacticSource", name, "tactic_sources", names) for name in _listed(tactic_sources)]
@@ -167,6 +170,7 @@ def build(
             onnx_path=None if isinstance(source, bytes) else str(source),
             tensors=tensors,
             host_code=version_compatible,
+            targets=built_for,
         )
 
 
@@ -441,15 +445,18 @@ def _member(runtime: Runtime, enumeration: str, name: str, argument: str, choice
     return getattr(getattr(runtime.module, enumeration), name.upper())
 
 
-def _set_targets(runtime: Runtime, config: Any, targets: Sequence[str]) -> None:
+def _set_targets(runtime: Runtime, config: Any, targets: Sequence[str] | None) -> tuple[str, ...]:
+    """What the engine is compiled ahead for; empty where it is built for the GPU that is there."""
     if not runtime.is_rtx:
-        if tuple(targets) not in ((), ("SM86",)):
+        if targets:
             raise QATError(f"targets={tuple(targets)}: {runtime.title} builds for the GPU that is there. Leave it out")
-        return
-    members = [_member(runtime, "ComputeCapability", name, "targets", runtime.targets) for name in targets]
+        return ()
+    names = tuple(targets) if targets else (local_target() or DEFAULT_TARGET,)
+    members = [_member(runtime, "ComputeCapability", name, "targets", runtime.targets) for name in names]
     config.num_compute_capabilities = len(members)
     for i, member in enumerate(members):
         config.set_compute_capability(member, i)
+    return names
 
 
 def _timing_cache(runtime: Runtime, config: Any, path: str | os.PathLike[str] | None, log: BuildLog) -> Any:

@@ -14,6 +14,8 @@ from ..errors import QATError
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
 _OUT_OF_MEMORY = 2
+# cudaDevAttrComputeCapabilityMajor and Minor.
+_CAPABILITY = (75, 76)
 _DISABLE_TIMING = 2
 
 
@@ -53,6 +55,16 @@ class Cuda:
         index = ctypes.c_int()
         self._call("cudaGetDevice", ctypes.byref(index), what="no GPU")
         return index.value
+
+    def capability(self) -> tuple[int, int]:
+        """Compute capability of the current GPU, such as ``(8, 6)``."""
+        parts = []
+        for attribute in _CAPABILITY:
+            value = ctypes.c_int()
+            arguments = ctypes.byref(value), ctypes.c_int(attribute), ctypes.c_int(self.current_device())
+            self._call("cudaDeviceGetAttribute", *arguments, what="compute capability")
+            parts.append(value.value)
+        return parts[0], parts[1]
 
     def free_memory(self) -> int:
         """Free bytes of the current GPU."""
@@ -173,6 +185,15 @@ class Buffer:
         if self._memory is not None:
             self._memory.close()
         self._memory, self._size = None, 0
+
+
+def local_target() -> str | None:
+    """The GPU that is there as TensorRT-RTX names it, such as ``SM86``; ``None`` if none can be used."""
+    try:
+        cuda = Cuda()
+        return "SM{}{}".format(*cuda.capability()) if cuda.devices() else None
+    except QATError:  # no CUDA runtime, or no polygraphy to load it
+        return None
 
 
 def has_gpu() -> bool:

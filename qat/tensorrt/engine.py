@@ -29,6 +29,7 @@ class Engine:
         onnx_path: The file it was built from, if it was built from a file.
         log: Records of the build; empty for a loaded engine.
         load_log: Records of deserializing and running.
+        targets: What TensorRT-RTX compiled it for, such as ``("SM86",)``; empty for a loaded engine and other runtimes.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Engine:
         onnx_path: str | None = None,
         tensors: tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]] | None = None,
         host_code: bool = False,
+        targets: tuple[str, ...] = (),
         title: str = "the engine",
     ) -> None:
         self.plan = plan
@@ -49,6 +51,7 @@ class Engine:
         self.load_log = BuildLog()
         self._tensors = tensors
         self._host_code = host_code
+        self.targets = targets
         self._title = title
         self._engine: Any = None
         self._context: ExecutionContext | None = None
