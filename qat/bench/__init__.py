@@ -16,7 +16,7 @@ _PUBLIC = {
     "Settings": "result",
     "Summary": "statistics",
     "Sweep": "batches",
-    "Target": "targets",
+    "Target": "target",
     "cuda_graph": "capture",
     "demonstrate_no_sync": "measure",
     "latency": "measure",
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .result import Settings as Settings
     from .statistics import Summary as Summary
     from .statistics import percentile as percentile
-    from .targets import Target as Target
+    from .target import Target as Target
 
 
 def __getattr__(name: str) -> Any:

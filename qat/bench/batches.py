@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import QATError
 from .measure import latency
 from .result import Latency, write_text
-from .targets import Target, from_path, is_a
+from .target import Target
+from .targets import from_path, is_a
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -19,7 +19,8 @@ from .cuda import Event, Stream
 from .gpu import GpuMonitor
 from .result import Latency, NoSynchronisation, Settings
 from .statistics import Summary
-from .targets import Target, open_target
+from .target import Target
+from .targets import open_target
 
 Clock = Callable[[], int]
 

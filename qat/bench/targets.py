@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import QATError
-from .cuda import CudaEvents, Stream
+from .cuda import CudaEvents
+from .target import Target, batch_of, nothing
 
 PLANS = (".engine", ".plan", ".trt")
 # ONNX Runtime's names of element types.
@@ -28,44 +28,6 @@ _ORT_TYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
-
-
-def _nothing() -> None:
-    """No copies."""
-
-
-@dataclass
-class Target:
-    """Something to measure.
-
-    Attributes:
-        label: What it is.
-        enqueue: Starts one run. Without a ``stream`` it returns when the run is done.
-        batch: Items of one run.
-        stream: The CUDA stream that ``enqueue`` works on.
-        device: Where it runs.
-        copy_in: Enqueues the copy of the inputs to the GPU.
-        copy_out: Enqueues the copy of the outputs back.
-        cuda_graph: Whether ``enqueue`` replays a CUDA graph.
-        versions: Of the software it needs.
-        notes: What a reader of the figures should know.
-    """
-
-    label: str
-    enqueue: Callable[[], object]
-    batch: int | None = None
-    stream: Stream | None = None
-    device: str = field(default_factory=lambda: platform.processor() or platform.machine())
-    copy_in: Callable[[], object] = _nothing
-    copy_out: Callable[[], object] = _nothing
-    cuda_graph: bool = False
-    versions: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def synchronize(self) -> None:
-        """Wait until all runs are done."""
-        if self.stream is not None:
-            self.stream.synchronize()
 
 
 @contextlib.contextmanager
@@ -217,8 +179,8 @@ def open_engine(
         batch=batch_of(arrays.values(), batch),
         stream=events,
         device=f"GPU {events.device}",
-        copy_in=(lambda: context.upload(stream)) if copies else _nothing,
-        copy_out=(lambda: context.download(stream)) if copies else _nothing,
+        copy_in=(lambda: context.upload(stream)) if copies else nothing,
+        copy_out=(lambda: context.download(stream)) if copies else nothing,
         cuda_graph=cuda_graph,
         versions={engine.runtime.name: engine.runtime.module.__version__},
     )
@@ -283,11 +245,3 @@ def random_array(dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     if kind.kind != "f":
         return np.zeros(shape, kind)
     return np.random.default_rng(0).standard_normal(shape).astype(kind)
-
-
-def batch_of(values: Any, batch: int | None) -> int | None:
-    """``batch``, or else the first dimension that all inputs with dimensions share; ``None`` if they differ."""
-    if batch is not None:
-        return batch
-    sizes = {int(value.shape[0]) for value in values if getattr(value, "ndim", 0)}
-    return sizes.pop() if len(sizes) == 1 else None

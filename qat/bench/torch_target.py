@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import QATError
 from ..inputs import call, tensors
 from .capture import CudaGraph, cuda_graph
-from .targets import Target, batch_of
+from .target import Target, batch_of
 
 
 class TorchEvent:
