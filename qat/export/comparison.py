@@ -2,9 +2,9 @@
 
 Two implementations of a float convolution round differently, a value that lies at a tie between two codes then falls to
 either side, and the difference travels on. That drift is no fault of the export, so PyTorch's own is measured beside it:
-the same model on the same inputs, with the sums of its convolutions and linear layers added up in another order. (Other
-kernels alone are no measure: with and without oneDNN, in one memory format and the other, PyTorch runs more than half of
-ResNet-50's convolutions with the same kernel, to the same bits; see benchmarks/RESULTS.md.)
+the same model on the same inputs, with the sums of its convolutions and linear layers added up in another order, without
+oneDNN and cuDNN kernels, and in the other memory format. Other kernels alone are a smaller drift: PyTorch then still runs more
+than half of ResNet-50's convolutions to the same bits (benchmarks/RESULTS.md has both).
 """
 
 from __future__ import annotations
