@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import hashlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from warm import warm_builder
 
 MODELS = ("resnet50", "mobilenet_v2", "resnet18", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16")
 # Row of the table: the graph that it is built of, and the precisions that the builder may choose from.
@@ -35,6 +37,7 @@ VARIANTS = {
     "INT8 both": ("both", {"fp16": True, "int8": True}),
     "INT8 fused": ("fused", {"fp16": True, "int8": True}),
 }
+OPTIONS = ("timing_cache", "tactic_sources", "workspace", "optimization_level")
 ALL_BATCHES = ("resnet50", "mobilenet_v2")
 IMAGES = 32
 
@@ -99,7 +102,8 @@ def build(args: argparse.Namespace) -> None:
         command = [sys.executable, "-X", "faulthandler", __file__, "work", str(args.folder), "--results", str(args.results)]
         command += ["--models", ",".join(args.models), "--batches", ",".join(map(str, args.batches))]
         command += ["--duration", str(args.duration), "--until", str(until), "--skip", ";".join(crashed)]
-        for name in ("timing_cache", "workspace"):
+        command += ["--variants", ",".join(args.variants)]
+        for name in ("timing_cache", "workspace", "optimization_level"):
             if getattr(args, name) is not None:
                 command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
         if args.tactic_sources:
@@ -116,6 +120,7 @@ def work(args: argparse.Namespace) -> None:
     from qat.errors import QATError
 
     rows = read(args.results)
+    builder = warm_builder()
     note = args.results.with_suffix(".current")
     for job in wanted(args):
         if job.key in rows or job.key in args.skip or time.time() > args.until:
@@ -123,7 +128,7 @@ def work(args: argparse.Namespace) -> None:
         note.write_text(job.key)
         title = f"{job.model:16} {job.variant:10} batch {job.batch:3}"
         try:
-            rows[job.key] = {"model": job.model, "variant": job.variant, "batch": job.batch, **measure(job, args)}
+            rows[job.key] = {**job.row, **measure(job, args)}
         except QATError as error:
             print(f"{title}: {error}", flush=True)
             continue
@@ -132,6 +137,7 @@ def work(args: argparse.Namespace) -> None:
         temporary.replace(args.results)
         print(f"{title}: {rows[job.key]}", flush=True)
     note.unlink(missing_ok=True)
+    del builder
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
@@ -148,6 +154,11 @@ class Job:
     file: Path
     plan: Path
     key: str
+    level: int | None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {"model": self.model, "variant": self.variant, "batch": self.batch, "level": self.level}
 
 
 def wanted(args: argparse.Namespace) -> list[Job]:
@@ -155,15 +166,19 @@ def wanted(args: argparse.Namespace) -> list[Job]:
     jobs = []
     for batch in args.batches:
         for variants in (("FP16", "INT8 both", "INT8 fused"), ("TF32",)):
+            chosen = [variant for variant in variants if variant in args.variants]
             for model in args.models:
                 # The arrays are written last: a model without them is still being exported.
                 if not (args.folder / f"{model}.npz").exists() or (batch != args.batches[0] and model not in ALL_BATCHES):
                     continue
-                for variant in variants:
+                for variant in chosen:
                     file = args.folder / f"{model}-{VARIANTS[variant][0]}.onnx"
                     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-                    plan = args.folder / f"{model}-{variant.replace(' ', '-')}-{batch}-{digest}.plan"
-                    jobs.append(Job(model, variant, batch, file, plan, f"{digest} {variant} {batch}"))
+                    level = "" if args.optimization_level is None else f" level {args.optimization_level}"
+                    plan = args.folder / f"{model} {variant} {batch}{level} {digest}.plan".replace(" ", "-")
+                    jobs.append(
+                        Job(model, variant, batch, file, plan, f"{digest} {variant} {batch}{level}", args.optimization_level)
+                    )
     return jobs
 
 
@@ -181,25 +196,31 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     if job.plan.exists():
         engine = qat.tensorrt.load(job.plan)
     else:
-        options = {"timing_cache": args.timing_cache, "tactic_sources": args.tactic_sources, "workspace": args.workspace}
+        options = {name: getattr(args, name) for name in OPTIONS}
         engine = qat.tensorrt.build(job.file, **flags, batch=job.batch, check=False, verbose_log=False, **options)
         engine.save(job.plan)
     seconds = time.monotonic() - begin
     with engine:
         (output,) = engine.run(images).values()
-        found = qat.bench.latency(engine, images, duration=args.duration)
+        found = qat.bench.latency(engine, images, duration=args.duration, throughput=True)
+        times = qat.tensorrt.layer_times(engine, images)
+        listing = qat.tensorrt.inspect(engine, onnx=str(job.file) if importlib.util.find_spec("onnx") else None, times=times)
         if engine.layer_information:
             job.plan.with_suffix(".layers.json").write_text(engine.layer_information)
+        job.plan.with_suffix(".times.json").write_text(json.dumps(times, indent=1))
         version = engine.runtime.module.__version__
     error = float(np.linalg.norm(output.astype(np.float64) - expected) / np.linalg.norm(expected))
     return {
         "median": round(found.compute.median, 4),
         "min": round(found.compute.minimum, 4),
+        # All runs enqueued at once between two events: what a bare loop takes.
+        "bare_loop": round(1000 / found.throughput, 4) if found.throughput else None,
         "p99": round(found.compute.p99, 4),
         "cv": round(found.compute.variation, 2),
         "enqueue": round(found.enqueue.median, 4) if found.enqueue else None,
         "relative_error": round(error, 5),
         "top1": round(float((output.argmax(1) == expected.argmax(1)).mean()), 4),
+        "coverage": listing.coverage,
         "build_seconds": round(seconds, 1),
         "tensorrt": version,
     }
@@ -244,6 +265,8 @@ def main() -> None:
         sub.add_argument("--timing-cache", type=Path)
         sub.add_argument("--tactic-sources", type=names, help="by default those of TensorRT")
         sub.add_argument("--workspace", type=int, help="bytes")
+        sub.add_argument("--optimization-level", type=int, help="0 to 5; by default that of TensorRT")
+        sub.add_argument("--variants", type=names, default=tuple(VARIANTS))
         sub.set_defaults(run=function)
         if name == "build":
             sub.add_argument("--seconds", type=float, default=1e9, help="start no build after this time")

@@ -367,11 +367,31 @@ class Engine:
         return Context(self)
 
     def create_engine_inspector(self) -> Any:
-        class Inspector:
-            def get_engine_information(self, form: Any) -> str:
-                return json.dumps({"Layers": [], "Format": form.name})
+        return Inspector(self)
 
-        return Inspector()
+
+class Inspector(Strict):
+    """Tells layers by name and type; of open dimensions no types, until it has a context that knows their sizes."""
+
+    _names = ("execution_context",)
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.execution_context: Context | None = None
+
+    def get_engine_information(self, form: Any) -> str:
+        assert form.name == "JSON"
+        inputs = [self._engine.tensors[name] for name in self._engine.plan["profile"]]
+        shapes = self.execution_context.shapes if self.execution_context is not None else {}
+        known = all(-1 not in shapes.get(tensor.name, tensor.shape) for tensor in inputs)
+        layers = []
+        for layer in self._engine.network.layers:
+            outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+            kind = {"FLOAT": "Row major linear FP32", "INT8": "Row major Int8 format"}
+            formats = [kind[tensor.dtype.name] if known else "N/A due to dynamic shapes" for tensor in outputs]
+            described = [{"Name": t.name, "Format/Datatype": f} for t, f in zip(outputs, formats, strict=True)]
+            layers.append({"Name": layer.name, "LayerType": layer.type.name, "Inputs": [], "Outputs": described})
+        return json.dumps({"Layers": layers, "Bindings": [tensor.name for tensor in inputs]})
 
 
 class Context:

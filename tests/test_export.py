@@ -15,6 +15,7 @@ from torch import nn
 
 import qat
 from qat.export import BackboneAndHead
+from qat.export.opset import downgrade
 from qat.quantizer import State, quantizers
 
 # TinyResNet by hand. Weights: 6 convolutions. Activations: the inputs of stem, block1.conv1 (the identity shares it),
@@ -213,6 +214,57 @@ def test_opset_is_the_declared_one(exported, opset):
 def test_opset_17_computes_the_same(exported):
     old, new = (run(exported(opset=opset), images(2))[0] for opset in (17, 23))
     np.testing.assert_array_equal(old, new)
+
+
+class ClassToken(nn.Module):
+    """Reads the batch size from a shape, as vision transformers do for their class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+
+    def forward(self, x):
+        y = self.conv(x).flatten(2).transpose(1, 2)
+        return self.head(torch.cat([self.token.expand(y.shape[0], -1, -1), y], 1)[:, 0] + y.mean(1))
+
+
+def test_opset_17_slices_whole_shapes(tmp_path):
+    """TensorRT 8.6 ignores the start and end that Shape has since opset 15."""
+    model = quantized(ClassToken(), images(2))
+    path = qat.export_onnx(model, tmp_path / "m.onnx", images(2), opset=17)
+    shapes = [node for node in onnx.load(path).graph.node if node.op_type == "Shape"]
+    assert shapes
+    assert not any(node.attribute for node in shapes)
+    for batch in (1, 5):
+        with torch.no_grad():
+            np.testing.assert_allclose(run(path, images(batch))[0], model(images(batch)).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, [2, 3, 4, 5]),
+        ({"start": 0}, [2, 3, 4, 5]),
+        ({"end": 1}, [2]),
+        ({"end": 99}, [2, 3, 4, 5]),
+        ({"start": 1, "end": 3}, [3, 4]),
+        ({"start": -1}, [5]),
+        ({"start": -9, "end": -2}, [2, 3]),
+        ({"start": 3, "end": 1}, []),
+    ],
+)
+def test_a_slice_of_a_shape_is_what_shape_says(attributes, expected):
+    node = onnx.helper.make_node("Shape", ["x"], ["y"], "shape", **attributes)
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 3, 4, 5])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT64, [len(expected)])
+    opset = onnx.helper.make_opsetid("", 18)
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), opset_imports=[opset])
+    downgrade(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert not any(node.attribute for node in model.graph.node)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    assert session.run(None, {"x": np.zeros((2, 3, 4, 5), np.float32)})[0].tolist() == expected
 
 
 def test_operator_without_an_opset_17_form_is_named(tmp_path):

@@ -590,6 +590,19 @@ def test_a_computed_scale_is_no_error_for_newer_versions():
     assert "scale-constant" not in {f.rule for f in broken(model, target="11")}
 
 
+@pytest.mark.parametrize(
+    ("opset", "target", "found"), [(17, None, True), (17, "8.6", True), (17, "10", False), (19, None, False)]
+)
+def test_part_of_a_shape_is_not_for_tensorrt_8(opset, target, found):
+    model = wide([N("Shape", ["x"], ["s"], "shape", end=1), *pair("x", "xd"), *weight(), conv()], opset=opset)
+    assert ("shape" in {f.rule for f in check_onnx(model, target=target) if f.node == "shape"}) == found
+
+
+def test_a_whole_shape_is_for_tensorrt_8():
+    model = wide([N("Shape", ["x"], ["s"], "shape", start=0), *pair("x", "xd"), *weight(), conv()], opset=17)
+    assert "shape" not in {f.rule for f in check_onnx(model, target="8.6")}
+
+
 def test_opset_ceilings():
     def notes(opset, target):
         return [f.node for f in check_onnx(conv_graph(opset=opset), target=target) if f.rule == "opset"]

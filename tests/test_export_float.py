@@ -33,6 +33,30 @@ def test_computes_what_the_model_computes_for_any_batch(model, tmp_path, opset):
         np.testing.assert_allclose(outputs(path, x)[0], model(x).numpy(), rtol=1e-4, atol=1e-6)
 
 
+class ChannelsLast(nn.Module):
+    """Pools a map that lies channels-last, as ConvNeXt's."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](3, 4, 3)
+        self.pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1](1)
+
+    def forward(self, x):
+        return self.pool(self.conv(x).movedim(1, -1).contiguous().movedim(-1, 1)).flatten(1)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_pooling_of_a_channels_last_map_is_a_reduction(dims, tmp_path):
+    model = ChannelsLast(dims).eval()
+    x = torch.rand(3, 3, *([6] * dims), generator=torch.Generator().manual_seed(0))
+    path = export_float(model, tmp_path / "m.onnx", x[:2])
+    operators = {node.op_type for node in onnx.load(path).graph.node}
+    assert operators & {"ReduceMean", "GlobalAveragePool"}
+    assert not operators & {"Gather", "Range"}
+    with torch.no_grad():
+        np.testing.assert_allclose(outputs(path, x)[0], model(x).numpy(), rtol=1e-4, atol=1e-6)
+
+
 def test_half_graph_multiplies_in_half_and_keeps_float_inputs(model, tmp_path):
     path = export_float(model, tmp_path / "m.onnx", torch.rand(1, 3, 64, 64), precision="fp16")
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph

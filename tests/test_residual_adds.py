@@ -5,7 +5,7 @@ import torch
 from prepare_nets import Attending, Block, LayerScale, Net, Scaled, Sum, Upsampled, WithAdd, conv, images, two, whats, why
 from torch import nn
 from torch.nn import functional as F
-from torchvision.ops import StochasticDepth
+from torchvision.ops import Permute, StochasticDepth
 
 import qat
 from qat.config import QuantConfig
@@ -40,6 +40,20 @@ class Activated(Block):
         return F.gelu(self.conv1(x)) + x
 
 
+def channels_last_linear(*after):
+    return nn.Sequential(Permute([0, 2, 3, 1]), nn.Linear(4, 4), *after, Permute([0, 3, 1, 2]))
+
+
+class Permuting(Block):
+    def forward(self, x):
+        return self.conv1(x).permute(0, 2, 3, 1).contiguous().transpose(1, 3).transpose(-1, -2) + x
+
+
+class Reshaping(Block):
+    def forward(self, x):
+        return (self.conv1(x).flatten(2) + x.flatten(2)).unflatten(2, x.shape[2:])
+
+
 FUSABLE = {
     "identity": (lambda: Sum(conv(), None), "a"),
     "identity first": (lambda: Sum(None, conv()), "b"),
@@ -54,6 +68,10 @@ FUSABLE = {
     "layer scale in the forward": (Scaled, "b"),
     "functional dropout": (Dropped, "a"),
     "attention": (Attending, "b"),
+    "permutation": (lambda: Sum(channels_last_linear(), None), "a"),
+    "permutations in the forward": (Permuting, "a"),
+    "activation before a permutation": (lambda: Sum(channels_last_linear(nn.ReLU()), None), None),
+    "another shape": (Reshaping, None),
     "activation": (lambda: Sum(nn.Sequential(conv(), nn.ReLU()), None), None),
     "functional activation": (Activated, None),
     "wide clamp": (lambda: Sum(nn.Sequential(conv(), nn.Hardtanh(-100.0, 100.0)), None), None),

@@ -278,6 +278,21 @@ def test_recorded_layer_information_is_the_inspectors(recorded, library, tmp_pat
     assert '"Layers"' in doubling(recorded, library, tmp_path).layer_information
 
 
+def test_recorded_layers_of_open_dimensions_have_types(recorded, library, tmp_path):
+    engine = doubling(recorded, library, tmp_path)
+    assert -1 in engine.inputs[0].shape
+    layers = qat.tensorrt.inspect(engine).layers
+    assert layers
+    assert {layer.output_precision for layer in layers} == {"FP32"}
+
+
+def test_recorded_inspection_without_memory_for_a_context(recorded, library, tmp_path):
+    engine = doubling(recorded, library, tmp_path)
+    recorded.fail_context = True
+    with pytest.raises(QATError, match=r"no memory for the engine's activations"):
+        _ = engine.layer_information
+
+
 def test_empty_plan_file(recorded, tmp_path):
     (tmp_path / "engine.plan").write_bytes(b"")
     with pytest.raises(QATError, match=r"engine\.plan: the file is empty"):

@@ -431,12 +431,18 @@ def test_layer_information_without_layers_is_refused(text, message):
         ("Row major linear FP32", "FP32"),
         ("Channel major FP16 format where channel % 8 == 0", "FP16"),
         ("Row major linear BF16 format", "BF16"),
-        ("N/A due to dynamic shapes", ""),
     ],
 )
 def test_format_sentences(sentence, dtype):
     entry = {"Name": "l", "LayerType": "NoOp", "Outputs": [{"Name": "t", "Format/Datatype": sentence}]}
     assert read_json(json.dumps({"Layers": [entry]})).layers[0].output_precision == dtype
+
+
+def test_layers_without_types_are_refused():
+    """What the inspector tells of open dimensions while it has no execution context."""
+    entry = {"Name": "l", "LayerType": "NoOp", "Outputs": [{"Name": "t", "Format/Datatype": "N/A due to dynamic shapes"}]}
+    with pytest.raises(QATError, match="tells no types"):
+        read_json(json.dumps({"Layers": [entry]}))
 
 
 @pytest.mark.parametrize(

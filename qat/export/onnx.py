@@ -312,6 +312,7 @@ def _to_onnx(
     except RuntimeError as error:
         hint = " If it fixes the batch size, export with dynamic_batch=False." if dynamic_batch else ""
         raise QATError(f"model: torch.export cannot trace it.{hint}\n{error}") from error
+    _mean_of_one(program.graph)
     calls = itertools.count()
 
     def translate(x: Any, scale: Any, axis: int | None = None, fmt: str = INT8.name) -> Any:
@@ -343,6 +344,25 @@ def _to_onnx(
     proto = converted.model_proto
     _name_batch(proto)
     return proto
+
+
+_ADAPTIVE_POOLS = {
+    torch.ops.aten.adaptive_avg_pool1d.default: 1,
+    torch.ops.aten.adaptive_avg_pool2d.default: 2,
+    torch.ops.aten.adaptive_avg_pool3d.default: 3,
+}
+
+
+def _mean_of_one(graph: torch.fx.Graph) -> None:
+    """Write an adaptive average pooling to size 1 as the mean it is, in place.
+
+    torch's exporter does so too, but lays a channels-last result out anew: in ONNX, a table of indices and a Gather.
+    """
+    for node in graph.nodes:
+        spatial = _ADAPTIVE_POOLS.get(node.target, 0)
+        if spatial and set(node.args[1]) == {1}:
+            node.target = torch.ops.aten.mean.dim
+            node.args = (node.args[0], list(range(-spatial, 0)), True)
 
 
 def _by_parameter(model: nn.Module, dynamic: _Dynamic) -> dict[str, Any]:

@@ -1,18 +1,21 @@
 """From opset 18, the lowest that torch's exporter writes, down to 17, the highest that TensorRT 8.6 reads.
 
-Per operator, by the version history in ONNX's Changelog.md; what opset 17 cannot say is refused by name.
+Per operator, by the version history in ONNX's Changelog.md; what opset 17 cannot say is refused by name, and what the parser
+of TensorRT 8.6 is known to ignore is written without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
 from ..errors import QATError
 
 TENSORRT_8 = 17
+_TO_THE_END = 2**63 - 1
 
 
 def downgrade(model: onnx.ModelProto) -> None:
@@ -23,6 +26,7 @@ def downgrade(model: onnx.ModelProto) -> None:
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     _check_even_splits(model)
+    _slice_shapes(model.graph)
     for node in model.graph.node:
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
             raise _refusal(node, "control flow")
@@ -36,6 +40,28 @@ def downgrade(model: onnx.ModelProto) -> None:
         if entry.domain in ("", "ai.onnx"):
             entry.version = TENSORRT_8
     model.ir_version = helper.find_min_ir_version_for(list(model.opset_import))
+
+
+def _slice_shapes(graph: onnx.GraphProto) -> None:
+    """Write Shape-15's ``start`` and ``end``, which TensorRT 8.6 ignores, as a Slice of the whole shape, in place."""
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type != "Shape" or node.domain or not given:
+            continue
+        del node.attribute[:]
+        start, end = given.get("start", 0), given.get("end", _TO_THE_END)
+        if (start, end) == (0, _TO_THE_END):
+            continue
+        output, whole = node.output[0], f"{node.name}/whole"
+        node.output[0] = whole
+        bounds = {"starts": start, "ends": end, "axes": 0}
+        constants = [numpy_helper.from_array(np.array([value]), f"{node.name}/{name}") for name, value in bounds.items()]
+        graph.initializer.extend(constants)
+        nodes.append(helper.make_node("Slice", [whole, *(c.name for c in constants)], [output], f"{node.name}/Slice"))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _refusal(node: NodeProto, what: str) -> QATError:

@@ -7,8 +7,10 @@ through: containers by their own trace, other leaves as functions of their input
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -246,7 +248,10 @@ class Flow:
     # What an addition can be fused with.
 
     def fed_by_layer(self, trace: Trace, node: fx.Node) -> bool:
-        """Whether a weighted module feeds ``node`` through at most normalization, dropout, drop-path and layer scale."""
+        """Whether a weighted module feeds ``node``.
+
+        Normalization, dropout, drop-path, layer scale and permutations of dimensions may lie between.
+        """
         while True:
             if node.op == "call_module":
                 path = self.path_of(trace, node)
@@ -261,7 +266,7 @@ class Flow:
                     return isinstance(last, fx.Node) and self.fed_by_layer(inner, last)
                 if not isinstance(module, _BatchNorm) and not self._is_identity(module) and not _is_layer_scale(module):
                     return False
-            elif node.op == "placeholder" or not (_is_scaling(node) or _is_item(node) or _returns_its_input(node)):
+            elif node.op == "placeholder" or not (_is_scaling(node) or _is_item(node) or _node_keeps_values(node)):
                 return False
             inputs = [x for x in data_inputs(node) if not is_constant(x)]
             if len(inputs) != 1:
@@ -286,9 +291,9 @@ class Flow:
         return seen[node]
 
     def _is_identity(self, module: nn.Module) -> bool:
-        """Whether a leaf returns its input unchanged in evaluation, as dropout and drop-path do."""
+        """Whether a leaf keeps the values of its input in evaluation, as dropout, drop-path and permutations do."""
         if id(module) not in self._identity:
-            self._identity[id(module)] = _behaves_as_identity(module)
+            self._identity[id(module)] = _module_keeps_values(module)
         return self._identity[id(module)]
 
 
@@ -319,37 +324,45 @@ def _reads_parameter(graph: fx.Graph, relative: str) -> bool:
     return any(n.op == "get_attr" and str(n.target).startswith(relative + ".") for n in graph.nodes)
 
 
-def _probe() -> torch.Tensor:
-    # Tiny and large values of both signs, so that no activation passes for the identity.
-    return torch.linspace(-9.0, 9.0, 2 * 3 * 4 * 5).pow(7).reshape(2, 3, 4, 5)
+def _keeps_values(call: Callable[[torch.Tensor], Any]) -> bool:
+    """Whether ``call`` returns its input, at most with its dimensions in another order."""
+    for rank in (4, 3, 5, 2):
+        # No two dimensions of one size, so that the shape tells their order. Tiny and large values of both signs, so that no
+        # activation passes for the identity.
+        sizes = range(2, 2 + rank)
+        probe = torch.linspace(-9.0, 9.0, math.prod(sizes)).pow(7).reshape(*sizes)
+        try:
+            with torch.no_grad():
+                out = call(probe)
+        except TRACE_ERRORS:
+            # A permutation fits one rank only.
+            continue
+        if not isinstance(out, torch.Tensor) or sorted(out.shape) != list(sizes):
+            return False
+        return torch.equal(out, probe.permute([sizes.index(size) for size in out.shape]))
+    return False
 
 
-def _behaves_as_identity(module: nn.Module) -> bool:
+def _module_keeps_values(module: nn.Module) -> bool:
     if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
         return False
-    probe = _probe()
     twin = copy_alone(module, type(module))
     twin.training = False
-    try:
-        with torch.no_grad():
-            out = type(twin).forward(twin, probe)
-    except TRACE_ERRORS:
-        return False
-    return isinstance(out, torch.Tensor) and out.shape == probe.shape and torch.equal(out, probe)
+    return _keeps_values(lambda probe: type(twin).forward(twin, probe))
 
 
-def _returns_its_input(node: fx.Node) -> bool:
-    """Whether a function call returns its one tensor unchanged, as ``F.dropout(x, p, False)`` does."""
-    if node.op != "call_function" or len(node.all_input_nodes) != 1 or node.target is located_add:
+def _node_keeps_values(node: fx.Node) -> bool:
+    """Whether a call returns its one tensor, as ``F.dropout(x, p, False)`` and ``x.transpose(1, 2)`` do."""
+    if node.op not in ("call_function", "call_method") or len(node.all_input_nodes) != 1 or node.target is located_add:
         return False
-    probe = _probe()
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: probe)
-    try:
-        with torch.no_grad():
-            out = node.target(*args, **kwargs)  # type: ignore[operator]
-    except TRACE_ERRORS:
-        return False
-    return isinstance(out, torch.Tensor) and out.shape == probe.shape and torch.equal(out, probe)
+
+    def call(probe: torch.Tensor) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: probe)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    return _keeps_values(call)
 
 
 def _is_layer_scale(module: nn.Module) -> bool:

@@ -72,6 +72,30 @@ def is_torch(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def create_context(engine: Engine) -> Any:
+    """TensorRT's own ``IExecutionContext``.
+
+    Raises:
+        QATError: If there is no GPU, or its memory does not suffice.
+    """
+    context = engine.handle.create_execution_context()
+    if context is None:
+        raise QATError(f"no memory for the engine's activations. Build for a smaller batch{engine.load_log.quote()}")
+    return context
+
+
+def shaped_context(engine: Engine) -> Any:
+    """A context whose inputs have the shapes that the engine is tuned for.
+
+    Raises:
+        QATError: As :func:`create_context`.
+    """
+    context = create_context(engine)
+    for info in engine.inputs:
+        context.set_input_shape(info.name, info.opt)
+    return context
+
+
 class ExecutionContext:
     """An engine made ready for one set of inputs; made by :meth:`qat.tensorrt.Engine.context`.
 
@@ -85,11 +109,9 @@ class ExecutionContext:
 
     def __init__(self, engine: Engine) -> None:
         # Not the engine itself, which may hold this context: memory of a circle would be freed late.
-        self._context = engine.handle.create_execution_context()
+        self._context = create_context(engine)
         self._cuda, self._device, self._log = engine.cuda, engine.device, engine.load_log
         self._signature = engine.inputs, engine.outputs
-        if self._context is None:
-            raise QATError(f"no memory for the engine's activations. Build for a smaller batch{self._log.quote()}")
         self._buffers = {info.name: Buffer(self._cuda) for info in chain(*self._signature)}
         self._inputs: dict[str, Any] = {}
         self.outputs: dict[str, Any] = {}

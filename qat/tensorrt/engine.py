@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import QATError
-from .context import ExecutionContext, TensorInfo, dtype_of, is_torch
+from .context import ExecutionContext, TensorInfo, dtype_of, is_torch, shaped_context
 from .cuda import Cuda, Handle, has_gpu
 from .files import read_whole, write_whole
 from .log import BuildLog, messages_of
@@ -110,13 +110,16 @@ class Engine:
         """The engine inspector's JSON; None where TensorRT-RTX cannot deserialize for want of a GPU.
 
         Raises:
-            QATError: If the engine cannot be deserialized.
+            QATError: If the engine cannot be deserialized, or the GPU's memory does not suffice.
         """
         if self.runtime.is_rtx and self._engine is None and not has_gpu():
             return None
         trt: Any = self.runtime.module
-        information = self.handle.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-        return str(information)
+        inspector = self.handle.create_engine_inspector()
+        if any(-1 in info.shape for info in self.inputs):
+            # Without shapes the inspector tells no formats: a layer of such an engine has those of its context.
+            inspector.execution_context = shaped_context(self)
+        return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
     def run(self, inputs: Any) -> dict[str, Any]:
         """Compute the outputs.

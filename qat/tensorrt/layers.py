@@ -177,7 +177,7 @@ def read_json(text: str | bytes) -> Listing:
     """Read the layers from the JSON of the engine inspector, of any TensorRT.
 
     Raises:
-        QATError: If the text is no such JSON, or holds names alone.
+        QATError: If the text is no such JSON, or holds names alone, or no types.
     """
     try:
         # TensorRT 8.6 separates the ONNX layers of "Metadata" by a bare control character.
@@ -195,7 +195,13 @@ def read_json(text: str | bytes) -> Listing:
     # Bindings up to 10, I/O Tensors from 11.
     io = document.get("Bindings") or document.get("I/O Tensors") or []
     names = frozenset(str(entry.get("Name", "")) if isinstance(entry, dict) else str(entry) for entry in io)
-    layers = (_from_fields(entry) for entry in entries)
+    layers = tuple(_from_fields(entry) for entry in entries)
+    tensors = [tensor for layer in layers for tensor in (*layer.inputs, *layer.outputs)]
+    if tensors and not any(tensor.dtype for tensor in tensors):
+        raise QATError(
+            "the layer information tells no types, as that of an engine with open dimensions does unless the inspector has an "
+            "execution context with shapes (qat.tensorrt.inspect gives it one)"
+        )
     return Listing(tuple(layer for layer in layers if layer.kind not in _NO_KERNEL), names)
 
 

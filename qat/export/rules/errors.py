@@ -35,6 +35,12 @@ def _operators(view: View, target: Target) -> Iterator[Finding]:
         if node.op_type in _UNSUPPORTED:
             problem = f"TensorRT does not support {node.op_type}"
             yield Finding(name_of(node), problem, "Use Q/DQ pairs around the float operator", rule="operator")
+        # A graph of opset 17 is one for TensorRT 8.
+        for_8 = target.version == "8.6" or (target.version is None and view.opset <= 17)
+        is_part = attribute(node, "start", 0) != 0 or attribute(node, "end", None) is not None
+        if node.op_type == "Shape" and is_part and for_8:
+            problem = "start and end of Shape, which TensorRT 8.6 ignores; it may crash on the graph"
+            yield Finding(name_of(node), problem, "Slice the whole shape, as qat.export_onnx(opset=17) does", rule="shape")
         if node.op_type == "Identity" and node.input[0] in view.constants and target.is_any_of("8.6"):
             problem = "Identity on a constant, which TensorRT 8 fails on"
             yield Finding(name_of(node), problem, "Give each reader its own constant", rule="identity")
