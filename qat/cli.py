@@ -328,6 +328,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", action="append", metavar="SM86", help="TensorRT-RTX: GPU to build for; may be repeated")
     parser.add_argument("--workspace", type=_size, metavar="4G", help="largest scratch memory of a layer")
     parser.add_argument("--timing-cache", metavar="FILE", help="measured tactics, read and updated")
+    parser.add_argument(
+        "--timing-iterations", type=int, metavar="N", help="runs of a kernel to average (trtexec: 8; default: 1)"
+    )
     parser.add_argument("--opt-level", type=int, choices=range(6), help="0 builds fastest, 5 searches longest (default: 3)")
     parser.add_argument("--hardware-compatibility", metavar="LEVEL", help="let the engine run on other GPUs, e.g. ampere_plus")
     parser.add_argument("--version-compatible", action="store_true", help="let the engine load in later minor versions")
@@ -352,6 +355,7 @@ def _build(args: argparse.Namespace) -> int:
         batch=args.batch,
         workspace=args.workspace,
         timing_cache=args.timing_cache,
+        timing_iterations=args.timing_iterations,
         optimization_level=args.opt_level,
         hardware_compatibility=args.hardware_compatibility,
         version_compatible=args.version_compatible,

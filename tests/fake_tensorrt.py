@@ -10,6 +10,7 @@ import base64
 import ctypes
 import enum
 import json
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,7 +104,7 @@ def _add_classes(trt: Any) -> None:
     trt.Builder = lambda logger: Builder(trt, logger)
     trt.OnnxParser = lambda network, logger: Parser(trt, network, logger)
     trt.Runtime = lambda logger: Runtime(trt, logger)
-    names = ["profiling_verbosity", "builder_optimization_level", "hardware_compatibility_level"]
+    names = ["profiling_verbosity", "builder_optimization_level", "hardware_compatibility_level", "avg_timing_iterations"]
     if trt.major < 11:
         names.append("int8_calibrator")
         for name in _CALIBRATORS:
@@ -371,13 +372,32 @@ class Engine:
 
 
 class Inspector(Strict):
-    """Tells layers by name and type; of open dimensions no types, until it has a context that knows their sizes."""
+    """Tells layers by name and type; of open dimensions no types, until it has a context that knows their sizes.
 
-    _names = ("execution_context",)
+    Like the real one it does not keep the context alive.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.execution_context: Context | None = None
+        self._context: Any = None
+
+    @property
+    def execution_context(self) -> Context | None:
+        if self._context is None:
+            return None
+        context = self._context()
+        assert context is not None, "the process would crash: the context is gone"
+        return context
+
+    @execution_context.setter
+    def execution_context(self, context: Context) -> None:
+        self._context = weakref.ref(context)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "execution_context":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def get_engine_information(self, form: Any) -> str:
         assert form.name == "JSON"

@@ -241,6 +241,7 @@ def options_of(monkeypatch, owner, name, argv):
 def test_build_options(monkeypatch):
     argv = (
         "build m.onnx -o m.plan --no-fp16 --int8 --batch 1,8,32 --workspace 1.5G --timing-cache t.bin --opt-level 5 --no-tf32 "
+        "--timing-iterations 8 "
         "--shapes a=1x3x8x8:2x3x8x8:4x3x8x8,b=5 --shapes c:0=1x2 --target SM86 --target SM89 --fp32-layer conv --mark t "
         "--version-compatible --hardware-compatibility ampere_plus --no-check --runtime tensorrt"
     )
@@ -259,6 +260,7 @@ def test_build_options(monkeypatch):
         "batch": (1, 8, 32),
         "workspace": 3 * 2**29,
         "timing_cache": "t.bin",
+        "timing_iterations": 8,
         "optimization_level": 5,
         "targets": ["SM86", "SM89"],
         "fp32_layers": ["conv"],

@@ -220,10 +220,11 @@ def test_recorded_builds_are_detailed(recorded, tmp_path):
 
 
 def test_recorded_settings_reach_the_builder(recorded, tmp_path):
-    settings = {"workspace": 1 << 28, "optimization_level": 5, "hardware_compatibility": "ampere_plus"}
+    settings = {"workspace": 1 << 28, "optimization_level": 5, "hardware_compatibility": "ampere_plus", "timing_iterations": 8}
     _, config = build_with(recorded, graph(tmp_path), version_compatible=True, **settings)
     assert config.called("memory") == [("WORKSPACE", 1 << 28)]
     assert config.builder_optimization_level == 5
+    assert config.avg_timing_iterations == 8
     assert config.hardware_compatibility_level.name == "AMPERE_PLUS"
     assert "VERSION_COMPATIBLE" in config.flags
 
@@ -249,6 +250,7 @@ def test_recorded_tactic_sources_stay_the_librarys_by_default(recorded, tmp_path
         ({"targets": ["SM89"]}, "builds for the GPU that is there"),
         ({"workspace": 0}, "workspace=0"),
         ({"optimization_level": 6}, "optimization_level=6: choose 0"),
+        ({"timing_iterations": 0}, "timing_iterations=0: measure each tactic at least once"),
         ({"batch": (4, 2, 8)}, "1 <= min <= opt <= max"),
         ({"batch": (0, 1, 2)}, "1 <= min <= opt <= max"),
         ({"shapes": {"image": ((1, 4),) * 3}}, "no input 'image'. Its inputs are x"),

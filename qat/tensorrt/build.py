@@ -40,6 +40,7 @@ def build(
     batch: int | tuple[int, int, int] = (1, 8, 32),
     workspace: int | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
+    timing_iterations: int | None = None,
     optimization_level: int | None = None,
     hardware_compatibility: str | None = None,
     version_compatible: bool = False,
@@ -73,6 +74,8 @@ def build(
         workspace: Largest scratch memory of a kernel, bytes. Default: all of the GPU's.
         timing_cache: File of measured tactics, read if it is there and written after the build. TensorRT-RTX measures
             nothing and has none: a warning says so.
+        timing_iterations: Runs of a tactic to average; more choose better among kernels of some microseconds (trtexec takes
+            8). Default: the library's (1). Without effect where there is no timing cache.
         optimization_level: 0 (fast build) to 5 (fast engine). Default: the library's (3).
         hardware_compatibility: Level such as ``"ampere_plus"``: the engine runs on other GPUs too. Not for TensorRT-RTX.
         version_compatible: The engine loads in later minor versions too.
@@ -133,6 +136,10 @@ def build(
             if not 0 <= optimization_level <= 5:
                 raise QATError(f"optimization_level={optimization_level}: choose 0 (fast build) to 5 (fast engine)")
             config.builder_optimization_level = optimization_level
+        if timing_iterations is not None:
+            if timing_iterations < 1:
+                raise QATError(f"timing_iterations={timing_iterations}: measure each tactic at least once")
+            config.avg_timing_iterations = timing_iterations
         if hardware_compatibility is not None:
             config.hardware_compatibility_level = _member(
                 runtime,

@@ -116,10 +116,13 @@ class Engine:
             return None
         trt: Any = self.runtime.module
         inspector = self.handle.create_engine_inspector()
-        if any(-1 in info.shape for info in self.inputs):
-            # Without shapes the inspector tells no formats: a layer of such an engine has those of its context.
-            inspector.execution_context = shaped_context(self)
-        return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+        # Without shapes the inspector tells no formats. It does not keep its context alive, and 8.6 crashes without it.
+        context = shaped_context(self) if any(-1 in info.shape for info in self.inputs) else None
+        if context is not None:
+            inspector.execution_context = context
+        information = str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+        del inspector, context
+        return information
 
     def run(self, inputs: Any) -> dict[str, Any]:
         """Compute the outputs.
