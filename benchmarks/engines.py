@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import copy
 import hashlib
 import importlib.util
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,27 @@ from warm import warm_builder
 
 MODELS = ("resnet50", "mobilenet_v2", "resnet18", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16")
 # Row of the table: the graph that it is built of, and the precisions that the builder may choose from.
-VARIANTS = {
+USUAL = ("TF32", "FP16", "INT8 both", "INT8 fused")
+INT8 = {"fp16": True, "int8": True}
+VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "TF32": ("float", {"fp16": False, "int8": False}),
     "FP16": ("float", {"fp16": True, "int8": False}),
-    "INT8 both": ("both", {"fp16": True, "int8": True}),
-    "INT8 fused": ("fused", {"fp16": True, "int8": True}),
+    "INT8 both": ("both", INT8),
+    "INT8 fused": ("fused", INT8),
+    "INT8 no Adds": ("no-adds", INT8),
+    "INT8 no gates": ("no-gates", INT8),
 }
-OPTIONS = ("timing_cache", "tactic_sources", "workspace", "optimization_level")
+# Other placements, exported with fused Adds for the models that they say something about.
+PLACEMENTS: dict[str, dict[str, dict[str, Any]]] = {
+    "no-adds": {name: {"add_inputs": "none"} for name in ("vit_b_16", "convnext_tiny")},
+    "no-gates": {
+        "efficientnet_b0": {
+            "rules": [{"match": f"features.*.{name}", "quantize": False} for name in ("avgpool", "fc1", "fc2")]
+        },
+        "regnet_y_400mf": {"rules": [{"match": "trunk_output.*.se", "quantize": False}]},
+    },
+}
+OPTIONS = ("timing_cache", "tactic_sources", "workspace", "optimization_level", "timing_iterations")
 ALL_BATCHES = ("resnet50", "mobilenet_v2")
 IMAGES = 32
 
@@ -55,28 +71,45 @@ def export_model(name: str, out: Path, opset: int) -> str:
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None).eval()
     images = torch.randn(IMAGES, 3, 224, 224)
-    normalize(model, images)
+    with torch.no_grad():
+        normalize(model, images)
     arrays = {"images": images.numpy()}
     with torch.no_grad():
         arrays["float"] = model(images).numpy()
         export_float(model, out / f"{name}-float.onnx", images[:2], opset=opset)
-        qat.prepare(model, example_inputs=images[:2])
-        qat.calibrate(model, [images], progress=False)
-        for graph, fuse in (("both", False), ("fused", True)):
-            qat.export_onnx(model, out / f"{name}-{graph}.onnx", images[:2], opset=opset, fuse_adds=fuse)
-            for module in model.modules():
+        for graph, fuse, placement in placements(name):
+            quantized = copy.deepcopy(model)
+            qat.prepare(quantized, qat.QuantConfig.from_dict(placement), example_inputs=images[:2])
+            qat.calibrate(quantized, [images], progress=False)
+            qat.export_onnx(quantized, out / f"{name}-{graph}.onnx", images[:2], opset=opset, fuse_adds=fuse)
+            for module in quantized.modules():
                 if isinstance(module, QuantAdd):
                     module.fuse = fuse
-            arrays[graph] = model(images).numpy()
+            arrays[graph] = quantized(images).numpy()
     np.savez(out / f"{name}.part.npz", **arrays)
     (out / f"{name}.part.npz").replace(out / f"{name}.npz")
     return name
 
 
+def placements(name: str) -> Iterator[tuple[str, bool, dict[str, Any]]]:
+    """Graphs of a model: their name, whether Adds are fused, and the settings."""
+    yield "both", False, {}
+    yield "fused", True, {}
+    for placement, models in PLACEMENTS.items():
+        if name in models:
+            yield placement, True, models[name]
+
+
 def normalize(model: Any, images: Any) -> None:
-    """Batch-norm statistics of ``images``: with the initial ones, random weights let activations of deep networks vanish."""
+    """Let no activations vanish, as they do in a deep network with its initial parameters.
+
+    Batch norm gets the statistics of ``images``; layer scales of 1e-6 and heads of zeros become random.
+    """
     import torch
 
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.unique().numel() == 1:
+            parameter.normal_(std=0.02)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.momentum = 1.0
@@ -103,7 +136,7 @@ def build(args: argparse.Namespace) -> None:
         command += ["--models", ",".join(args.models), "--batches", ",".join(map(str, args.batches))]
         command += ["--duration", str(args.duration), "--until", str(until), "--skip", ";".join(crashed)]
         command += ["--variants", ",".join(args.variants)]
-        for name in ("timing_cache", "workspace", "optimization_level"):
+        for name in ("timing_cache", "workspace", "optimization_level", "timing_iterations"):
             if getattr(args, name) is not None:
                 command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
         if args.tactic_sources:
@@ -151,35 +184,40 @@ class Job:
     model: str
     variant: str
     batch: int
+    search: str
     file: Path
     plan: Path
     key: str
-    level: int | None
 
     @property
     def row(self) -> dict[str, Any]:
-        return {"model": self.model, "variant": self.variant, "batch": self.batch, "level": self.level}
+        return {"model": self.model, "variant": self.variant, "batch": self.batch, "search": self.search}
 
 
 def wanted(args: argparse.Namespace) -> list[Job]:
     """In the order of their worth: the first batch size of all models, TF32 last."""
     jobs = []
     for batch in args.batches:
-        for variants in (("FP16", "INT8 both", "INT8 fused"), ("TF32",)):
-            chosen = [variant for variant in variants if variant in args.variants]
+        for variants in (("FP16", "INT8 fused", "INT8 both"), ("INT8 no Adds", "INT8 no gates"), ("TF32",)):
             for model in args.models:
                 # The arrays are written last: a model without them is still being exported.
                 if not (args.folder / f"{model}.npz").exists() or (batch != args.batches[0] and model not in ALL_BATCHES):
                     continue
-                for variant in chosen:
+                for variant in variants:
                     file = args.folder / f"{model}-{VARIANTS[variant][0]}.onnx"
+                    if variant not in args.variants or not file.exists():
+                        continue
                     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-                    level = "" if args.optimization_level is None else f" level {args.optimization_level}"
-                    plan = args.folder / f"{model} {variant} {batch}{level} {digest}.plan".replace(" ", "-")
-                    jobs.append(
-                        Job(model, variant, batch, file, plan, f"{digest} {variant} {batch}{level}", args.optimization_level)
-                    )
+                    words = (variant, str(batch), *searched(args))
+                    plan = args.folder / f"{' '.join((model, *words, digest))}.plan".replace(" ", "-")
+                    jobs.append(Job(model, variant, batch, " ".join(searched(args)), file, plan, " ".join((digest, *words))))
     return jobs
+
+
+def searched(args: argparse.Namespace) -> list[str]:
+    """How the builder was told to search, where not as it does by default."""
+    settings = {"level": args.optimization_level, "iterations": args.timing_iterations}
+    return [f"{name} {value}" for name, value in settings.items() if value is not None]
 
 
 def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
@@ -227,20 +265,44 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(args: argparse.Namespace) -> None:
-    rows = list(read(args.results).values())
-    print("| model | batch | " + " | ".join(VARIANTS) + " | fused : FP16 | error both | error fused |")
-    print("|---|---|" + "---|" * (len(VARIANTS) + 3))
-    for batch in sorted({row["batch"] for row in rows}):
-        for name in MODELS:
-            found = {row["variant"]: row for row in rows if (row["model"], row["batch"]) == (name, batch)}
-            if not found:
-                continue
-            times = [f"{found[v]['median']:.3f}" if v in found else "" for v in VARIANTS]
-            ratio = ""
-            if {"FP16", "INT8 fused"} <= set(found):
-                ratio = f"{found['FP16']['median'] / found['INT8 fused']['median']:.2f}"
-            errors = [f"{found[v]['relative_error']:.4f}" if v in found else "" for v in ("INT8 both", "INT8 fused")]
-            print(f"| {name} | {batch} | " + " | ".join([*times, ratio, *errors]) + " |")
+    """The results as Markdown: times of the usual engines, then of other placements, then what runs in INT8."""
+    rows = [row for row in read(args.results).values() if row["search"] == args.search]
+    groups = [(name, batch) for batch in sorted({row["batch"] for row in rows}) for name in MODELS]
+    found = {group: {row["variant"]: row for row in rows if (row["model"], row["batch"]) == group} for group in groups}
+    print_row("model", "batch", *USUAL, "FP16 : both", "FP16 : fused", "error both", "error fused")
+    print_row(*["---"] * (6 + len(USUAL)))
+    for group, of in found.items():
+        if of:
+            times = [f"{of[variant]['median']:.3f}" if variant in of else "" for variant in USUAL]
+            ratios = [ratio(of, variant) for variant in ("INT8 both", "INT8 fused")]
+            errors = [
+                f"{of[variant]['relative_error']:.4f}" if variant in of else "" for variant in ("INT8 both", "INT8 fused")
+            ]
+            print_row(*group, *times, *ratios, *errors)
+    others = [(group, of, variant) for group, of in found.items() for variant in of if variant not in USUAL]
+    if others:
+        print()
+        print_row("model", "batch", "placement", "ms", "FP16 : it", "fused : it", "error")
+        print_row(*["---"] * 7)
+        for group, of, variant in others:
+            row = of[variant]
+            ratios = [ratio(of, variant), ratio(of, variant, "INT8 fused")]
+            print_row(*group, variant, f"{row['median']:.3f}", *ratios, f"{row['relative_error']:.4f}")
+    print()
+    for row in rows:
+        if VARIANTS[row["variant"]][1]["int8"]:
+            print(f"- {row['model']}, batch {row['batch']}, {row['variant']}: {row['coverage']}")
+    overheads = [row["median"] / row["bare_loop"] - 1 for row in rows if row.get("bare_loop")]
+    if overheads:
+        print(f"\nMedian against a bare loop, {len(overheads)} engines: {min(overheads):+.1%} to {max(overheads):+.1%}")
+
+
+def ratio(of: dict[str, dict[str, Any]], variant: str, base: str = "FP16") -> str:
+    return f"{of[base]['median'] / of[variant]['median']:.2f}" if {base, variant} <= set(of) else ""
+
+
+def print_row(*cells: Any) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def main() -> None:
@@ -266,6 +328,7 @@ def main() -> None:
         sub.add_argument("--tactic-sources", type=names, help="by default those of TensorRT")
         sub.add_argument("--workspace", type=int, help="bytes")
         sub.add_argument("--optimization-level", type=int, help="0 to 5; by default that of TensorRT")
+        sub.add_argument("--timing-iterations", type=int, help="runs of a kernel to average; by default that of TensorRT")
         sub.add_argument("--variants", type=names, default=tuple(VARIANTS))
         sub.set_defaults(run=function)
         if name == "build":
@@ -275,6 +338,7 @@ def main() -> None:
             sub.add_argument("--skip", type=lambda text: tuple(text.split(";")), default=())
     sub = commands.add_parser("table", help="the results as a table")
     sub.add_argument("results", type=Path)
+    sub.add_argument("--search", default="", help='which builds, such as "iterations 8"; by default those with no such setting')
     sub.set_defaults(run=table)
     args = parser.parse_args()
     args.run(args)
