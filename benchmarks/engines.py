@@ -20,6 +20,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import time
@@ -228,6 +229,7 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     graph, flags = VARIANTS[job.variant]
     with np.load(args.folder / f"{job.model}.npz") as data:
         images, expected = data["images"], data[graph]
+        quantization = relative(expected, data["float"])
     repeat = -(-job.batch // len(images))
     images, expected = (np.ascontiguousarray(np.concatenate([a] * repeat)[: job.batch]) for a in (images, expected))
     begin = time.monotonic()
@@ -247,7 +249,6 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
             job.plan.with_suffix(".layers.json").write_text(engine.layer_information)
         job.plan.with_suffix(".times.json").write_text(json.dumps(times, indent=1))
         version = engine.runtime.module.__version__
-    error = float(np.linalg.norm(output.astype(np.float64) - expected) / np.linalg.norm(expected))
     return {
         "median": round(found.compute.median, 4),
         "min": round(found.compute.minimum, 4),
@@ -256,7 +257,9 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
         "p99": round(found.compute.p99, 4),
         "cv": round(found.compute.variation, 2),
         "enqueue": round(found.enqueue.median, 4) if found.enqueue else None,
-        "relative_error": round(error, 5),
+        "relative_error": round(relative(output, expected), 5),
+        # Of the fake-quantized model to the float one: what the engine's error is to be compared with.
+        "quantization_error": round(quantization, 5),
         "top1": round(float((output.argmax(1) == expected.argmax(1)).mean()), 4),
         "coverage": listing.coverage,
         "build_seconds": round(seconds, 1),
@@ -264,20 +267,27 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected))
+
+
 def table(args: argparse.Namespace) -> None:
     """The results as Markdown: times of the usual engines, then of other placements, then what runs in INT8."""
     rows = [row for row in read(args.results).values() if row["search"] == args.search]
     groups = [(name, batch) for batch in sorted({row["batch"] for row in rows}) for name in MODELS]
     found = {group: {row["variant"]: row for row in rows if (row["model"], row["batch"]) == group} for group in groups}
-    print_row("model", "batch", *USUAL, "FP16 : both", "FP16 : fused", "error both", "error fused")
-    print_row(*["---"] * (6 + len(USUAL)))
+    int8 = USUAL[2:]
+    names = [variant.removeprefix("INT8 ") for variant in int8]
+    head = ["model", "batch", *USUAL, *(f"FP16 : {name}" for name in names)]
+    head += [f"error {name}" for name in names] + [f"quantization error {name}" for name in names]
+    print_row(*head)
+    print_row(*["---"] * len(head))
     for group, of in found.items():
         if of:
             times = [f"{of[variant]['median']:.3f}" if variant in of else "" for variant in USUAL]
-            ratios = [ratio(of, variant) for variant in ("INT8 both", "INT8 fused")]
-            errors = [
-                f"{of[variant]['relative_error']:.4f}" if variant in of else "" for variant in ("INT8 both", "INT8 fused")
-            ]
+            ratios = [ratio(of, variant) for variant in int8]
+            kinds = ("relative_error", "quantization_error")
+            errors = [f"{of[variant].get(kind, math.nan):.4f}" if variant in of else "" for kind in kinds for variant in int8]
             print_row(*group, *times, *ratios, *errors)
     others = [(group, of, variant) for group, of in found.items() for variant in of if variant not in USUAL]
     if others:
