@@ -293,6 +293,22 @@ def test_a_wrong_site_is_named_by_its_codes(path):
     assert departure.tensor.codes_max_difference > 10
 
 
+def test_a_runtime_that_cannot_return_qdq_results_still_names_the_layer(path, names):
+    """As TensorRT 8.6: an internal error of the builder."""
+
+    class Refusing(Builder):
+        def __call__(self, path, *, outputs=(), **options):
+            if any(name.endswith("_quantizer/output") for name in outputs):
+                raise qat.QATError("could not build the engine")
+            return super().__call__(path, outputs=outputs, **options)
+
+    wrong = names["Conv"][3]
+    builder = Refusing(scaled(wrong, 1.5))
+    departure = verify(None, path, builder.engine(path), images(4), build=builder).departure
+    assert departure.layer == wrong
+    assert "left out of the search, since with them: could not build the engine" in departure.detail
+
+
 @pytest.mark.parametrize("wrong", ["matmul0", "relu17", "matmul31", "matmul63"])
 def test_builds_are_logarithmic(tmp_path, wrong):
     file = chain(tmp_path, 128)

@@ -13,7 +13,7 @@ from ..errors import QATError
 from .bisect import Vanished, first_departure
 from .compare import SLACK, Judge, budget, difference, non_finite, within
 from .feeds import check_engine, run_engine
-from .graph import Graph
+from .graph import DQ, Graph
 from .report import Departure, OutputCheck, TensorCheck
 
 # So many layers at most are named to be kept in FP32: with more, FP16 is the wrong choice.
@@ -132,7 +132,16 @@ class Diagnosis:
             return judge(found, tensors), self._departs(found, full=full)
 
         try:
-            check, before = first_departure(cuts, bad, probe)
+            try:
+                check, before = first_departure(cuts, bad, probe)
+            except QATError as error:
+                # TensorRT 8.6 cannot return the results of some Q/DQ pairs.
+                others = {name for name, cut in cuts.items() if cut.op != DQ or name == bad}
+                if len(others) == len(cuts):
+                    raise
+                self.progress("without the results of Q/DQ pairs")
+                check, before = first_departure(self.reference.cuts_among(others), bad, probe)
+                detail = f"{detail} The results of Q/DQ pairs were left out of the search, since with them: {error}"
         except Vanished as vanished:
             name = vanished.check.tensor
             detail = f"{detail} The difference vanishes once {name} is marked as an output: a fusion across it."
