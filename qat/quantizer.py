@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -50,6 +51,7 @@ class Quantizer(nn.Module):
     amax: Tensor
     export_scale: Tensor
     axis: int | None = None
+    _last: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[Any, ...]] | None = None
 
     def __init__(self, fmt: Format = INT8, *, learned: bool = False, device: torch.device | None = None) -> None:
         super().__init__()
@@ -110,12 +112,44 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.state is State.QUANTIZING:
-            return fake_quantize(x, self.range_scale(x), axis=self.axis, fmt=self.fmt)
+            if (known := self._result_for(x)) is not None:
+                return known
+            result = fake_quantize(x, self.range_scale(x), axis=self.axis, fmt=self.fmt)
+            self._remember(x, result)
+            return result
         if self.state is State.COLLECTING and self.observer is not None:
             self.observer.observe(x)
         elif self.state is State.EXPORTING:
             return fake_quantize_node(x, self.export_scale, self.axis, self.fmt.name)
         return x
+
+    def _result_for(self, x: Tensor) -> Tensor | None:
+        """What the last call gave, if it was for this very tensor: sites that read one tensor share their quantizer.
+
+        Nothing is kept alive for it: what a layer saved for its backward pass is there to be used again.
+        """
+        if self._last is None or torch.compiler.is_compiling():
+            return None
+        seen, last, state = self._last
+        result = last()
+        # Somebody may have changed either in place.
+        return result if seen() is x and result is not None and state == self._call_state(x, result) else None
+
+    def _remember(self, x: Tensor, result: Tensor) -> None:
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_inference() or self.amax.is_inference():
+            return
+        if result.requires_grad and x.is_leaf:
+            # The same leaf may come again after a backward pass, which frees what the result's gradient needs.
+            return
+        self._last = (weakref.ref(x), weakref.ref(result), self._call_state(x, result))
+
+    def _call_state(self, x: Tensor, result: Tensor) -> tuple[Any, ...]:
+        """What tells whether ``result`` still is what ``x`` gives."""
+        versions = x._version, result._version, self.amax._version
+        return *versions, x.requires_grad, self.amax.requires_grad, torch.is_grad_enabled()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     def range_scale(self, x: Tensor) -> Tensor:
         """The scale to quantize ``x`` with."""
@@ -182,10 +216,10 @@ class WeightQuantizer(Quantizer):
 
     def weight_amax(self, weight: Tensor) -> Tensor:
         """Largest magnitude of ``weight``, float32, shape of ``self.amax``."""
-        magnitude = weight.detach().abs()
-        if self.axis is None:
-            return magnitude.amax().to(torch.float32)
-        return magnitude.amax([d for d in range(weight.ndim) if d != self.axis % weight.ndim]).to(torch.float32)
+        weight = weight.detach()
+        dims = [d for d in range(weight.ndim) if self.axis is None or d != self.axis % weight.ndim]
+        # Two reductions read less than one of abs() writes.
+        return torch.maximum(weight.amax(dims), -weight.amin(dims)).to(torch.float32)
 
     def range_scale(self, x: Tensor) -> Tensor:
         return amax_to_scale(self.weight_amax(x), self.fmt) if self.follow else self.scale

@@ -318,6 +318,14 @@ def test_an_infinite_gradient_outside_the_range_is_dropped():
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_gradient_inside_is_passed_on_bit_by_bit(dtype):
+    x = torch.linspace(-1, 1, 9, dtype=dtype, requires_grad=True)
+    grad = torch.randn(9, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    fake_quantize(x, torch.tensor(0.1)).backward(grad)
+    assert torch.equal(x.grad, grad)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_gradient_has_the_dtype_of_the_input(dtype):
     x = torch.randn(5, dtype=dtype, requires_grad=True)
     scale = torch.tensor(0.1, requires_grad=True)

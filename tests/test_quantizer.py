@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -364,6 +365,125 @@ def test_quantizers_yields_a_shared_site_once():
         "a.weight_quantizer",
         "b.weight_quantizer",
     ]
+
+
+# Sites that read one tensor.
+
+
+def ranged(learned=False):
+    site = Quantizer(learned=learned)
+    site.set_range(torch.tensor(2.0))
+    return site
+
+
+def leaf(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def inner(*shape):
+    """As within a network."""
+    return leaf(*shape) * 1
+
+
+def test_one_tensor_is_quantized_once():
+    site, x = ranged(), inner(4, 8)
+    first = site(x)
+    assert site(x) is first
+    assert site(x.detach().clone()) is not first
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_leaf_may_come_again_after_a_backward_pass(learned):
+    site, x = ranged(learned), leaf(4, 8)
+    held = [site(x) for _ in range(2)]
+    for result in held:
+        result.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_its_gradient_is_the_sum_of_its_readers():
+    site, x = ranged(), leaf(4, 8)
+    inside = x * 1
+    (site(inside) * 2 + site(inside) * 3).sum().backward()
+    alone = leaf(4, 8)
+    other = ranged()(alone)
+    (other * 5).sum().backward()
+    torch.testing.assert_close(x.grad, alone.grad, rtol=0, atol=0)
+
+
+def test_nothing_is_kept_alive_for_it():
+    site, x = ranged(), inner(4, 8)
+    result = weakref.ref(site(x))
+    assert result() is None
+    assert torch.equal(site(x), ranged()(leaf(4, 8)))
+
+
+def in_place(site, x, result):
+    with torch.no_grad():
+        x.mul_(2)
+
+
+def in_place_on_the_result(site, x, result):
+    with torch.no_grad():
+        result.zero_()
+
+
+def another_range(site, x, result):
+    site.set_range(torch.tensor(1.0))
+
+
+def a_range_that_moved(site, x, result):
+    with torch.no_grad():
+        site.amax.mul_(0.5)
+
+
+@pytest.mark.parametrize("change", [in_place, in_place_on_the_result, another_range, a_range_that_moved])
+@pytest.mark.parametrize("learned", [False, True])
+def test_what_changed_is_quantized_anew(change, learned):
+    site, x = ranged(learned), inner(4, 8)
+    result = site(x)
+    change(site, x, result)
+    fresh = Quantizer()
+    fresh.set_range(site.amax.detach())
+    again = site(x)
+    assert again is not result
+    assert torch.equal(again, fresh(x.detach()))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_results_with_and_without_gradient_are_not_mixed(first):
+    site, x = ranged(), inner(4, 8)
+    with torch.set_grad_enabled(first):
+        one = site(x)
+    with torch.set_grad_enabled(not first):
+        two = site(x)
+    assert (one.requires_grad, two.requires_grad) == (first, not first)
+
+
+def test_a_tensor_that_begins_to_require_a_gradient_is_quantized_anew():
+    site, x = ranged(), torch.randn(4, 8)
+    one = site(x)
+    x.requires_grad_()
+    assert site(x).requires_grad
+    assert not one.requires_grad
+
+
+def test_inference_tensors_pass():
+    site = ranged()
+    with torch.inference_mode():
+        x = torch.randn(4, 8)
+        expected = site(x)
+    assert torch.equal(site(x), expected)
+    assert torch.equal(site(x), expected)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda site: pickle.loads(pickle.dumps(site))])
+def test_a_site_that_was_used_can_be_copied(duplicate):
+    site, x = ranged(), inner(4, 8)
+    result = site(x)
+    other = duplicate(site)
+    assert torch.equal(other(x), result)
+    assert other(x) is not result
 
 
 def test_is_prepared_sees_any_site():
