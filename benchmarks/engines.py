@@ -34,6 +34,7 @@ from warm import warm_builder
 
 MODELS = ("resnet50", "mobilenet_v2", "resnet18", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16")
 # Row of the table: the graph that it is built of, and the precisions that the builder may choose from.
+OTHERS = ("INT8 no Adds", "INT8 no gates", "INT8 no gate pools", "INT8 no depthwise")
 USUAL = ("TF32", "FP16", "INT8 both", "INT8 fused")
 INT8 = {"fp16": True, "int8": True}
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
@@ -43,6 +44,8 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "INT8 fused": ("fused", INT8),
     "INT8 no Adds": ("no-adds", INT8),
     "INT8 no gates": ("no-gates", INT8),
+    "INT8 no gate pools": ("no-gate-pools", INT8),
+    "INT8 no depthwise": ("no-depthwise", INT8),
 }
 # Other placements, exported with fused Adds for the models that they say something about.
 PLACEMENTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -53,6 +56,11 @@ PLACEMENTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "regnet_y_400mf": {"rules": [{"match": "trunk_output.*.se", "quantize": False}]},
     },
+    "no-gate-pools": {
+        "efficientnet_b0": {"rules": [{"match": "features.*.avgpool", "quantize": False}]},
+        "regnet_y_400mf": {"rules": [{"match": "trunk_output.*.se.avgpool", "quantize": False}]},
+    },
+    "no-depthwise": {"convnext_tiny": {"rules": [{"match": "features.*.block.0", "quantize": False}]}},
 }
 OPTIONS = ("timing_cache", "tactic_sources", "workspace", "optimization_level", "timing_iterations")
 ALL_BATCHES = ("resnet50", "mobilenet_v2")
@@ -199,7 +207,7 @@ def wanted(args: argparse.Namespace) -> list[Job]:
     """In the order of their worth: the first batch size of all models, TF32 last."""
     jobs = []
     for batch in args.batches:
-        for variants in (("FP16", "INT8 fused", "INT8 both"), ("INT8 no Adds", "INT8 no gates"), ("TF32",)):
+        for variants in (("FP16", "INT8 fused", "INT8 both"), OTHERS, ("TF32",)):
             for model in args.models:
                 # The arrays are written last: a model without them is still being exported.
                 if not (args.folder / f"{model}.npz").exists() or (batch != args.batches[0] and model not in ALL_BATCHES):
