@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import copy
+import functools
 import hashlib
 import importlib.util
 import json
@@ -65,6 +66,8 @@ PLACEMENTS: dict[str, dict[str, dict[str, Any]]] = {
 OPTIONS = ("timing_cache", "tactic_sources", "workspace", "optimization_level", "timing_iterations")
 ALL_BATCHES = ("resnet50", "mobilenet_v2")
 IMAGES = 32
+# In the folder of the graphs while they are being exported: building may begin before that ends.
+RUNNING = "export-is-running"
 
 
 def export_model(name: str, out: Path, opset: int) -> str:
@@ -129,10 +132,15 @@ def normalize(model: Any, images: Any) -> None:
 
 def export(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(export_model, name, args.out, args.opset) for name in args.models]
-        for future in concurrent.futures.as_completed(futures):
-            print("exported", future.result(), flush=True)
+    running = args.out / RUNNING
+    running.touch()
+    try:
+        with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
+            futures = [pool.submit(export_model, name, args.out, args.opset) for name in args.models]
+            for future in concurrent.futures.as_completed(futures):
+                print("exported", future.result(), flush=True)
+    finally:
+        running.unlink()
 
 
 def build(args: argparse.Namespace) -> None:
@@ -164,8 +172,14 @@ def work(args: argparse.Namespace) -> None:
     rows = read(args.results)
     builder = warm_builder()
     note = args.results.with_suffix(".current")
-    for job in wanted(args):
-        if job.key in rows or job.key in args.skip or time.time() > args.until:
+    left_out = set(args.skip)
+    while time.time() < args.until:
+        running = (args.folder / RUNNING).exists()
+        job = next((job for job in wanted(args) if job.key not in rows and job.key not in left_out), None)
+        if job is None:
+            if not running:
+                break
+            time.sleep(1)
             continue
         note.write_text(job.key)
         title = f"{job.model:16} {job.variant:10} batch {job.batch:3}"
@@ -173,6 +187,7 @@ def work(args: argparse.Namespace) -> None:
             rows[job.key] = {**job.row, **measure(job, args)}
         except QATError as error:
             print(f"{title}: {error}", flush=True)
+            left_out.add(job.key)
             continue
         temporary = args.results.with_suffix(".tmp")
         temporary.write_text(json.dumps(rows, indent=1))
@@ -216,11 +231,16 @@ def wanted(args: argparse.Namespace) -> list[Job]:
                     file = args.folder / f"{model}-{VARIANTS[variant][0]}.onnx"
                     if variant not in args.variants or not file.exists():
                         continue
-                    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+                    digest = digest_of(file, file.stat().st_mtime_ns)
                     words = (variant, str(batch), *searched(args))
                     plan = args.folder / f"{' '.join((model, *words, digest))}.plan".replace(" ", "-")
                     jobs.append(Job(model, variant, batch, " ".join(searched(args)), file, plan, " ".join((digest, *words))))
     return jobs
+
+
+@functools.cache
+def digest_of(file: Path, written: int) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def searched(args: argparse.Namespace) -> list[str]:
