@@ -174,10 +174,9 @@ class _FakeQuantize(torch.autograd.Function):
             # Inside the range round(v) - v, outside the end of the range.
             slope = code.clamp(ctx.fmt.qmin, ctx.fmt.qmax) - clipped(ratio, wide, step, ratio, ctx.fmt)
             product = grad.to(torch.float32) * slope
-            if ctx.axis is None:
-                total = product.sum()
-            else:
-                total = product.sum([d for d in range(x.ndim) if d != ctx.axis % x.ndim])
+            dims = [d for d in range(x.ndim) if ctx.axis is None or d != ctx.axis % x.ndim]
+            # torch takes no dimensions for all of them.
+            total = product.sum(dims) if dims else product
             grad_scale = total.reshape(scale.shape) * ctx.factor
         if ctx.needs_input_grad[0]:
             if not torch.compiler.is_compiling():
@@ -196,6 +195,13 @@ def check_scale(x: Tensor, scale: Tensor, axis: int | None) -> None:
         raise QATError(f"axis {axis} is out of range for x of shape {tuple(x.shape)}")
     elif scale.shape != (x.shape[axis],):
         raise QATError(f"scale has shape {tuple(scale.shape)}, but axis {axis} of x has size {x.shape[axis]}")
+
+
+def lsq_factor(x: Tensor, scale: Tensor, fmt: Format) -> float:
+    """What the gradient of ``scale`` is multiplied by (LSQ, section 2.2); 1 if it needs none."""
+    if not scale.requires_grad:
+        return 1.0
+    return 1.0 / math.sqrt(max(x.numel() // max(scale.numel(), 1), 1) * fmt.qmax)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: Format = INT8) -> Tensor:
@@ -222,10 +228,7 @@ def fake_quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: For
         tensor([  0.5000, -64.0000])
     """
     check_scale(x, scale, axis)
-    factor = 1.0
-    if scale.requires_grad:
-        factor = 1.0 / math.sqrt(max(x.numel() // max(scale.numel(), 1), 1) * fmt.qmax)
-    return _FakeQuantize.apply(x, scale, axis, fmt, factor)
+    return _FakeQuantize.apply(x, scale, axis, fmt, lsq_factor(x, scale, fmt))
 
 
 @torch.library.custom_op("qat::fake_quantize", mutates_args=())

@@ -218,6 +218,8 @@ class WeightQuantizer(Quantizer):
         """Largest magnitude of ``weight``, float32, shape of ``self.amax``."""
         weight = weight.detach()
         dims = [d for d in range(weight.ndim) if self.axis is None or d != self.axis % weight.ndim]
+        if not dims:  # torch takes that for all of them
+            return weight.abs().to(torch.float32)
         # Two reductions read less than one of abs() writes.
         return torch.maximum(weight.amax(dims), -weight.amin(dims)).to(torch.float32)
 

@@ -380,6 +380,15 @@ def test_scale_gradient_treats_the_last_half_step_as_x_does(value):
     assert scale.grad.item() * math.sqrt(127) == pytest.approx(code - value, abs=1e-5)
 
 
+def test_scale_gradient_of_a_vector_is_per_element():
+    x = torch.tensor([0.3, 0.3, 9.0])
+    scale = torch.tensor([0.5, 0.25, 0.01], requires_grad=True)
+    fake_quantize(x, scale, axis=0).sum().backward()
+    # round(0.6) - 0.6, round(1.2) - 1.2, clipped at 127; one element shares each scale.
+    expected = torch.tensor([0.4, -0.2, 127.0]) / math.sqrt(127)
+    torch.testing.assert_close(scale.grad, expected)
+
+
 def test_scale_gradient_agrees_with_finite_differences_of_the_smoothed_loss():
     """Averaged over uniform noise of one step, rounding is the identity: the loss is then differentiable in the scale.
 

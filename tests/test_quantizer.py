@@ -224,6 +224,11 @@ def test_following_range_uses_the_present_weight(granularity):
     np.testing.assert_array_equal(module.weight_quantizer(module.weight).detach(), by_hand(module.weight, amax.detach()))
 
 
+def test_range_of_a_vector_is_per_element():
+    site = WeightQuantizer(axis=0, channels=3)
+    assert site.weight_amax(torch.tensor([1.0, -2.0, 3.0])).tolist() == [1.0, 2.0, 3.0]
+
+
 def test_frozen_range_stays():
     module = calibrated(weight_range="frozen")
     amax = module.weight_quantizer.amax.clone()
