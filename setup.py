@@ -42,6 +42,7 @@ setup(
         "elpv": [*RECIPES, "elpv-dataset"],
         "rtx": RTX,
         "tensorrt": ["tensorrt"],
+        "bench": ["nvidia-modelopt==0.47.0", "brevitas", "torchao", "dependencies", "requests"],
         "test": [*RECIPES, *RTX, "pytest", "hypothesis", "timm", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["qat = qat.cli:main"]},

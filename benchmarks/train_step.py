@@ -1,0 +1,207 @@
+"""What a training step costs: float, quantized by this package, and quantized by others; one process each, in one run.
+
+    python benchmarks/train_step.py --model resnet50 --batch 128 --device cuda --amp bf16 --channels-last
+    python benchmarks/train_step.py --model resnet18 --batch 32 --size 96 --device cpu --threads 2 --rounds 5
+
+Same model, images and seed for all: cross entropy, SGD with momentum, random images that stay on the device. Variants whose
+name ends in ``-compiled`` run under ``torch.compile``. ``torch`` has this package's placement, each site a
+``torch.fake_quantize_per_tensor_affine`` or ``_per_channel_affine``; ``modelopt``, ``brevitas`` and ``torchao`` place their own
+sites, by their defaults for INT8. The others are not installed with this package: pip install -e '.[bench]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+VARIANTS = ("float", "qat", "lsq", "torch", "modelopt", "brevitas", "torchao")
+DEFAULT = ("float", "qat", "torch", "modelopt", "float-compiled", "qat-compiled", "lsq-compiled", "torch-compiled")
+
+
+def quantized(model: Any, images: Any, variant: str) -> Any:
+    """``model`` with the fake quantization of a variant, calibrated on ``images``."""
+    import torch
+
+    if variant in ("qat", "lsq", "torch"):
+        import qat
+
+        qat.prepare(model, qat.QuantConfig(learn_scales=variant == "lsq"), example_inputs=images[:2])
+        qat.calibrate(model, [images], method="max", progress=False)
+        return with_torch_operators(model) if variant == "torch" else model
+    if variant == "modelopt":
+        import modelopt.torch.quantization as mtq
+
+        return mtq.quantize(model, mtq.INT8_DEFAULT_CFG, lambda m: m(images))
+    if variant == "brevitas":
+        from brevitas.graph.calibrate import calibration_mode
+        from brevitas.graph.quantize import layerwise_quantize
+
+        model = layerwise_quantize(model.eval())
+        with torch.no_grad(), calibration_mode(model):
+            model(images)
+        return model
+    from torchao.quantization.pt2e import move_exported_model_to_train
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
+    exported = torch.export.export(model.train(), (images,)).module()
+    return move_exported_model_to_train(prepare_qat_pt2e(exported, quantizer))
+
+
+def with_torch_operators(model: Any) -> Any:
+    """Every site computed by torch's own operator, which multiplies by the reciprocal of the scale."""
+    import torch
+
+    from qat.quantizer import Quantizer, WeightQuantizer
+
+    class PerTensor(Quantizer):
+        def forward(self, x: Any) -> Any:
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, self.fmt.qmin, self.fmt.qmax)
+
+    class PerChannel(WeightQuantizer):
+        def forward(self, x: Any) -> Any:
+            return torch.fake_quantize_per_channel_affine(
+                x, self.range_scale(x), self.zero, self.axis, self.fmt.qmin, self.fmt.qmax
+            )
+
+    for site in model.modules():
+        if isinstance(site, Quantizer):
+            site.zero = torch.zeros(site.amax.shape, dtype=torch.int32, device=site.amax.device)
+            site.__class__ = PerTensor if site.axis is None else PerChannel
+    return model
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One variant, in this process."""
+    import torch
+    import torchvision
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    model = torchvision.models.get_model(args.model, num_classes=args.classes).to(device)
+    images = torch.randn(args.batch, 3, args.size, args.size, device=device)
+    labels = torch.randint(0, args.classes, (args.batch,), device=device)
+    if args.channels_last:
+        model, images = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
+    name, _, compiled = args.variant.partition("-")
+    if name != "float":
+        model = quantized(model, images, name)
+    if name != "torchao":
+        model.train()
+    step_model = torch.compile(model, mode=args.mode) if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = torch.nn.functional.cross_entropy(step_model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    wait()
+    begin = time.perf_counter()
+    step()
+    wait()
+    first = time.perf_counter() - begin
+    for _ in range(args.warm_up):
+        step()
+    wait()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(args.steps):
+        begin = time.perf_counter()
+        step()
+        wait()
+        times.append(1000 * (time.perf_counter() - begin))
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return {"times": times, "first": first, "peak": peak, "device": where, "torch": torch.__version__}
+
+
+def run(args: argparse.Namespace) -> int:
+    """All variants, round by round, so that what disturbs the machine disturbs all of them."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, str] = {}
+    shared = ["--" + name.replace("_", "-") + f"={getattr(args, name)}" for name in SETTINGS if getattr(args, name) is not None]
+    shared += ["--channels-last"] if args.channels_last else []
+    for _ in range(args.rounds):
+        for variant in args.variants:
+            if variant in failed:
+                continue
+            command = [sys.executable, __file__, "--one", variant, *shared]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                failed[variant] = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+                print(f"{variant}: {failed[variant]}", file=sys.stderr, flush=True)
+                continue
+            found.setdefault(variant, []).append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{variant}: {statistics.median(found[variant][-1]['times']):.1f} ms", file=sys.stderr, flush=True)
+    report(args, found, failed)
+    return 0
+
+
+def report(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], failed: dict[str, str]) -> None:
+    """A Markdown table; a variant is compared with the float step of its own kind, compiled or not."""
+    some = next(iter(found.values()))[0]
+    layout = ", channels-last" if args.channels_last else ""
+    print(f"{args.model}, batch {args.batch}, {args.size} px, {args.amp}{layout}; {some['device']}, torch {some['torch']}\n")
+    print("| step | ms | to float | peak GiB | to float | first step s |\n|---|---|---|---|---|---|")
+    medians = {variant: [statistics.median(one["times"]) for one in rounds] for variant, rounds in found.items()}
+    for variant, rounds in found.items():
+        base = "float-compiled" if variant.endswith("-compiled") else "float"
+        ratios = [a / b for a, b in zip(medians[variant], medians.get(base, []), strict=False)]
+        ratio = f"{statistics.median(ratios):.3f}" if ratios else ""
+        peaks = [found[name][0]["peak"] if name in found else None for name in (variant, base)]
+        memory = ["" if peaks[0] is None else f"{peaks[0]:.2f}", "" if None in peaks else f"{peaks[0] / peaks[1]:.2f}"]
+        first = statistics.median(one["first"] for one in rounds)
+        print(f"| {variant} | {statistics.median(medians[variant]):.1f} | {ratio} | {memory[0]} | {memory[1]} | {first:.1f} |")
+    for variant, why in failed.items():
+        print(f"\n{variant} failed: {why}")
+
+
+SETTINGS = ("model", "batch", "size", "classes", "device", "amp", "mode", "threads", "steps", "warm_up", "seed")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50", help="of torchvision")
+    parser.add_argument("--variants", type=lambda text: tuple(text.split(",")), default=DEFAULT)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=224, help="pixels")
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--mode", help="of torch.compile")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--steps", type=int, default=20, help="measured ones")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before those, behind the first")
+    parser.add_argument("--rounds", type=int, default=1, help="processes a variant")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--one", dest="variant", help="measure this variant here, and print JSON")
+    args = parser.parse_args()
+    unknown = [name for name in args.variants if name.removesuffix("-compiled") not in VARIANTS]
+    if unknown:
+        parser.error(f"no variant {unknown[0]}; choose from {', '.join(VARIANTS)}, each also with -compiled behind")
+    if args.variant:
+        print(json.dumps(measure(args)))
+        return 0
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
