@@ -136,7 +136,7 @@ class Quantizer(nn.Module):
         return result if seen() is x and result is not None and state == self._call_state(x, result) else None
 
     def _remember(self, x: Tensor, result: Tensor) -> None:
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_inference() or self.amax.is_inference():
+        if torch.compiler.is_compiling() or type(x) is not Tensor or any(t.is_inference() for t in (x, result, self.amax)):
             return
         if result.requires_grad and x.is_leaf:
             # The same leaf may come again after a backward pass, which frees what the result's gradient needs.

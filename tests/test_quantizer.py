@@ -473,11 +473,14 @@ def test_a_tensor_that_begins_to_require_a_gradient_is_quantized_anew():
     assert not one.requires_grad
 
 
-def test_inference_tensors_pass():
+@pytest.mark.parametrize("made_outside", [False, True])
+def test_inference_tensors_pass(made_outside):
     site = ranged()
+    x = torch.randn(4, 8)
     with torch.inference_mode():
-        x = torch.randn(4, 8)
+        x = x if made_outside else torch.randn(4, 8)
         expected = site(x)
+        assert torch.equal(site(x), expected)
     assert torch.equal(site(x), expected)
     assert torch.equal(site(x), expected)
 
