@@ -128,7 +128,7 @@ class Quantizer(nn.Module):
 
         Nothing is kept alive for it: what a layer saved for its backward pass is there to be used again.
         """
-        if self._last is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._last is None:
             return None
         seen, last, state = self._last
         result = last()

@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from qat.config import QuantConfig
@@ -483,6 +484,16 @@ def test_inference_tensors_pass(made_outside):
         assert torch.equal(site(x), expected)
     assert torch.equal(site(x), expected)
     assert torch.equal(site(x), expected)
+
+
+def test_compiled_sites_are_not_compiled_again_after_eager_calls():
+    site = ranged()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(site, backend=counter, fullgraph=True)
+    for _ in range(3):
+        result = compiled(inner(4, 8))
+        assert torch.equal(result, site(inner(4, 8)))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda site: pickle.loads(pickle.dumps(site))])
