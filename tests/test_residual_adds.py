@@ -49,6 +49,16 @@ class Permuting(Block):
         return self.conv1(x).permute(0, 2, 3, 1).contiguous().transpose(1, 3).transpose(-1, -2) + x
 
 
+class ActivatedInPlace(Block):
+    def forward(self, x):
+        return self.conv1(x).relu_() + x
+
+
+class ActivatedInPlaceByFunction(Block):
+    def forward(self, x):
+        return F.relu(self.conv1(x), inplace=True) + x
+
+
 class Reshaping(Block):
     def forward(self, x):
         return (self.conv1(x).flatten(2) + x.flatten(2)).unflatten(2, x.shape[2:])
@@ -74,6 +84,9 @@ FUSABLE = {
     "another shape": (Reshaping, None),
     "activation": (lambda: Sum(nn.Sequential(conv(), nn.ReLU()), None), None),
     "functional activation": (Activated, None),
+    "activation in place": (lambda: Sum(nn.Sequential(conv(), nn.ReLU(inplace=True)), None), None),
+    "method in place": (ActivatedInPlace, None),
+    "functional activation in place": (ActivatedInPlaceByFunction, None),
     "wide clamp": (lambda: Sum(nn.Sequential(conv(), nn.Hardtanh(-100.0, 100.0)), None), None),
     "group norm": (lambda: Sum(nn.Sequential(conv(), nn.GroupNorm(2, 4)), None), None),
     "pooling and interpolation": (Upsampled, None),

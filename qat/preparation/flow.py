@@ -333,7 +333,7 @@ def _keeps_values(call: Callable[[torch.Tensor], Any]) -> bool:
         probe = torch.linspace(-9.0, 9.0, math.prod(sizes)).pow(7).reshape(*sizes)
         try:
             with torch.no_grad():
-                out = call(probe)
+                out = call(probe.clone())  # it may work in place
         except TRACE_ERRORS:
             # A permutation fits one rank only.
             continue
