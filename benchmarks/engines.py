@@ -144,15 +144,23 @@ def export(args: argparse.Namespace) -> None:
 
 
 def build(args: argparse.Namespace) -> None:
-    """All engines in one process: its first build takes half a minute longer. One that crashes is left out of the next."""
+    """Build and measure; with several jobs, build the engines of several models side by side, then measure alone."""
     until = time.time() + args.seconds
-    note = args.results.with_suffix(".current")
+    if args.jobs > 1:
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda model: supervise(args, (model,), until, model), args.models))
+    supervise(args, args.models, until)
+
+
+def supervise(args: argparse.Namespace, models: tuple[str, ...], until: float, only_plans_of: str = "") -> None:
+    """All engines in one process: its first build takes half a minute longer. One that crashes is left out of the next."""
+    note = note_of(args.results, only_plans_of)
     crashed: list[str] = []
     while time.time() < until:
         command = [sys.executable, "-X", "faulthandler", __file__, "work", str(args.folder), "--results", str(args.results)]
-        command += ["--models", ",".join(args.models), "--batches", ",".join(map(str, args.batches))]
+        command += ["--models", ",".join(models), "--batches", ",".join(map(str, args.batches))]
         command += ["--duration", str(args.duration), "--until", str(until), "--skip", ";".join(crashed)]
-        command += ["--variants", ",".join(args.variants)]
+        command += ["--variants", ",".join(args.variants), "--only-plans-of", only_plans_of]
         for name in ("timing_cache", "workspace", "optimization_level", "timing_iterations"):
             if getattr(args, name) is not None:
                 command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
@@ -171,23 +179,32 @@ def work(args: argparse.Namespace) -> None:
 
     rows = read(args.results)
     builder = warm_builder()
-    note = args.results.with_suffix(".current")
-    left_out = set(args.skip)
+    note = note_of(args.results, args.only_plans_of)
+    done = set(args.skip)
+    if args.only_plans_of and args.timing_cache:
+        args.timing_cache = own_copy(args.timing_cache, args.only_plans_of)
     while time.time() < args.until:
-        running = (args.folder / RUNNING).exists()
-        job = next((job for job in wanted(args) if job.key not in rows and job.key not in left_out), None)
+        waiting = (args.folder / RUNNING).exists() and any(not arrays_of(args.folder, model).exists() for model in args.models)
+        job = next((job for job in wanted(args) if job.key not in rows and job.key not in done), None)
         if job is None:
-            if not running:
+            if not waiting:
                 break
             time.sleep(1)
             continue
         note.write_text(job.key)
         title = f"{job.model:16} {job.variant:10} batch {job.batch:3}"
         try:
+            begin = time.monotonic()
+            if not job.plan.exists():
+                build_plan(job, args)
+            if args.only_plans_of:
+                print(f"{title}: built in {time.monotonic() - begin:.1f} s", flush=True)
+                done.add(job.key)
+                continue
             rows[job.key] = {**job.row, **measure(job, args)}
         except QATError as error:
             print(f"{title}: {error}", flush=True)
-            left_out.add(job.key)
+            done.add(job.key)
             continue
         temporary = args.results.with_suffix(".tmp")
         temporary.write_text(json.dumps(rows, indent=1))
@@ -195,6 +212,23 @@ def work(args: argparse.Namespace) -> None:
         print(f"{title}: {rows[job.key]}", flush=True)
     note.unlink(missing_ok=True)
     del builder
+
+
+def note_of(results: Path, only_plans_of: str) -> Path:
+    """Names the engine that is being built, should the process crash."""
+    return results.with_suffix(f".{only_plans_of}.current" if only_plans_of else ".current")
+
+
+def own_copy(cache: Path, model: str) -> Path:
+    """Processes side by side must not write the same timing cache."""
+    copied = cache.with_name(f"{model}-{cache.name}")
+    if cache.exists() and not copied.exists():
+        copied.write_bytes(cache.read_bytes())
+    return copied
+
+
+def arrays_of(folder: Path, model: str) -> Path:
+    return folder / f"{model}.npz"
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
@@ -225,7 +259,7 @@ def wanted(args: argparse.Namespace) -> list[Job]:
         for variants in (("FP16", "INT8 fused", "INT8 both"), OTHERS, ("TF32",)):
             for model in args.models:
                 # The arrays are written last: a model without them is still being exported.
-                if not (args.folder / f"{model}.npz").exists() or (batch != args.batches[0] and model not in ALL_BATCHES):
+                if not arrays_of(args.folder, model).exists() or (batch != args.batches[0] and model not in ALL_BATCHES):
                     continue
                 for variant in variants:
                     file = args.folder / f"{model}-{VARIANTS[variant][0]}.onnx"
@@ -249,26 +283,27 @@ def searched(args: argparse.Namespace) -> list[str]:
     return [f"{name} {value}" for name, value in settings.items() if value is not None]
 
 
+def build_plan(job: Job, args: argparse.Namespace) -> None:
+    import qat.tensorrt
+
+    flags = VARIANTS[job.variant][1]
+    options = {name: getattr(args, name) for name in OPTIONS}
+    with qat.tensorrt.build(job.file, **flags, batch=job.batch, check=False, verbose_log=False, **options) as engine:
+        engine.save(job.plan)
+
+
 def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    """Build one engine and run it: latency in ms. Its plan and its layers stay beside the graph."""
+    """Run one engine: latency in ms. The listing of its layers stays beside its plan."""
     import qat.bench
     import qat.tensorrt
 
-    graph, flags = VARIANTS[job.variant]
-    with np.load(args.folder / f"{job.model}.npz") as data:
+    graph, _ = VARIANTS[job.variant]
+    with np.load(arrays_of(args.folder, job.model)) as data:
         images, expected = data["images"], data[graph]
         quantization = relative(expected, data["float"])
     repeat = -(-job.batch // len(images))
     images, expected = (np.ascontiguousarray(np.concatenate([a] * repeat)[: job.batch]) for a in (images, expected))
-    begin = time.monotonic()
-    if job.plan.exists():
-        engine = qat.tensorrt.load(job.plan)
-    else:
-        options = {name: getattr(args, name) for name in OPTIONS}
-        engine = qat.tensorrt.build(job.file, **flags, batch=job.batch, check=False, verbose_log=False, **options)
-        engine.save(job.plan)
-    seconds = time.monotonic() - begin
-    with engine:
+    with qat.tensorrt.load(job.plan) as engine:
         (output,) = engine.run(images).values()
         found = qat.bench.latency(engine, images, duration=args.duration, throughput=True)
         times = qat.tensorrt.layer_times(engine, images)
@@ -290,7 +325,6 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
         "quantization_error": round(quantization, 5),
         "top1": round(float((output.argmax(1) == expected.argmax(1)).mean()), 4),
         "coverage": listing.coverage,
-        "build_seconds": round(seconds, 1),
         "tensorrt": version,
     }
 
@@ -371,7 +405,9 @@ def main() -> None:
         sub.set_defaults(run=function)
         if name == "build":
             sub.add_argument("--seconds", type=float, default=1e9, help="start no build after this time")
+            sub.add_argument("--jobs", type=int, default=1, help="models built for side by side, before all are measured")
         else:
+            sub.add_argument("--only-plans-of", default="", help="build for this model and do not measure")
             sub.add_argument("--until", type=float, default=1e18)
             sub.add_argument("--skip", type=lambda text: tuple(text.split(";")), default=())
     sub = commands.add_parser("table", help="the results as a table")
