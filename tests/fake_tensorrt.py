@@ -191,6 +191,11 @@ class Builder:
 
     def build_serialized_network(self, network: Network, config: Any) -> bytearray | None:
         self.logger.log(self.trt.ILogger.VERBOSE, "Engine Layer Information: none")
+        dequantized = [t for layer in network.layers if layer.type.name == "DEQUANTIZE" for t in layer._tensors]
+        if self.trt.major == 8 and any(tensor in dequantized for tensor in network.marked):
+            # Seen in 8.6.1.
+            self.logger.log(self.trt.ILogger.INTERNAL_ERROR, "Assertion static_cast<size_t>(c) < mSet.size() failed.")
+            return None
         if not self.trt.on_build(self, network, config):
             return None
         if config.get_timing_cache() is not None:
@@ -211,10 +216,11 @@ class Profile:
 
 
 class Tensor(Strict):
-    def __init__(self, trt: Any, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        self._name, self._dtype, self._shape = name, trt.DataType[dtype], shape
+    _names = ("name",)
 
-    name = property(lambda self: self._name)
+    def __init__(self, trt: Any, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        self.name, self._dtype, self._shape = name, trt.DataType[dtype], shape
+
     dtype = property(lambda self: self._dtype)
     shape = property(lambda self: self._shape)
     is_shape_tensor = property(lambda self: False)
@@ -264,6 +270,12 @@ class Network:
 
     def mark_output(self, tensor: Tensor) -> None:
         self.marked.append(tensor)
+
+    def add_identity(self, tensor: Tensor) -> Layer:
+        copied = Tensor(self.trt, "", tensor.dtype.name, tensor.shape)
+        node = onnx.helper.make_node("Identity", [tensor.name], [""], name=f"(Unnamed Layer* {self.num_layers}) [Identity]")
+        self.layers.append(Layer(self.trt, node, [copied]))
+        return self.layers[-1]
 
     def read(self, proto: onnx.ModelProto) -> None:
         self.proto = proto

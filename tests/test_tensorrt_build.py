@@ -303,6 +303,12 @@ def test_extra_outputs_are_marked_once(recorded, tmp_path):
     assert [info.name for info in engine.outputs] == ["y", "middle"]
 
 
+def test_result_of_a_qdq_pair_is_returned_as_a_copy(recorded, tmp_path):
+    """TensorRT 8.6 fails to build where the result itself is an output."""
+    engine, _ = build_with(recorded, graph(tmp_path, quantized=True), int8=True, outputs=["middle"])
+    assert [info.name for info in engine.outputs] == ["y", "middle"]
+
+
 def test_recorded_timing_cache_is_written_and_read_again(recorded, tmp_path):
     cache = tmp_path / "tactics"
     build_with(recorded, graph(tmp_path), timing_cache=cache)
@@ -459,6 +465,12 @@ def test_rtx_marks_extra_outputs(tiny_file):
     inner = next(node for node in onnx.load(tiny_file).graph.node if node.op_type == "Relu").output[0]
     engine = build(tiny_file, runtime="tensorrt_rtx", outputs=[inner])
     assert [info.name for info in engine.outputs] == ["output", inner]
+
+
+@needs_rtx
+def test_rtx_marks_results_of_qdq_pairs(tmp_path):
+    engine = build(graph(tmp_path, quantized=True), runtime="tensorrt_rtx", outputs=["middle"])
+    assert [info.name for info in engine.outputs] == ["y", "middle"]
 
 
 @needs_rtx

@@ -120,7 +120,7 @@ def build(
         types = _Types.of(trt, network)
         profiles = _profiles(network, shapes or {}, batch)
         for name in _listed(outputs):
-            _mark(network, name)
+            _mark(trt, network, name)
         config = parsed.builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it, neither log nor inspector name tensors
         profile = _add_profile(trt, parsed.builder, config, network, profiles, log)
@@ -299,14 +299,21 @@ def _layers(network: Any) -> Iterator[Any]:
     return (network.get_layer(i) for i in range(network.num_layers))
 
 
-def _mark(network: Any, name: str) -> None:
-    """Make the tensor ``name`` an output of the network."""
+def _mark(trt: Any, network: Any, name: str) -> None:
+    """Make the tensor ``name`` an output of the network.
+
+    TensorRT 8.6 fails with an internal assertion where the result of a Q/DQ pair is an output itself; a copy of it may be one.
+    """
     if any(network.get_output(i).name == name for i in range(network.num_outputs)):
         return
     names = []
     for layer in _layers(network):
         for tensor in (layer.get_output(i) for i in range(layer.num_outputs)):
             if tensor.name == name:
+                if layer.type == trt.LayerType.DEQUANTIZE:
+                    tensor.name = f"{name} (not copied)"
+                    tensor = network.add_identity(tensor).get_output(0)
+                    tensor.name = name
                 network.mark_output(tensor)
                 return
             names.append(tensor.name)
