@@ -35,7 +35,7 @@ from warm import warm_builder
 
 MODELS = ("resnet50", "mobilenet_v2", "resnet18", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16")
 # Row of the table: the graph that it is built of, and the precisions that the builder may choose from.
-OTHERS = ("INT8 no Adds", "INT8 no gates", "INT8 no gate pools", "INT8 no depthwise")
+OTHERS = ("INT8 fast", "INT8 no Adds", "INT8 no gates", "INT8 no gate pools", "INT8 no grouped", "INT8 no depthwise")
 USUAL = ("TF32", "FP16", "INT8 both", "INT8 fused")
 INT8 = {"fp16": True, "int8": True}
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
@@ -43,13 +43,16 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "FP16": ("float", {"fp16": True, "int8": False}),
     "INT8 both": ("both", INT8),
     "INT8 fused": ("fused", INT8),
+    "INT8 fast": ("fast", INT8),
     "INT8 no Adds": ("no-adds", INT8),
     "INT8 no gates": ("no-gates", INT8),
     "INT8 no gate pools": ("no-gate-pools", INT8),
+    "INT8 no grouped": ("no-grouped", INT8),
     "INT8 no depthwise": ("no-depthwise", INT8),
 }
 # Other placements, exported with fused Adds for the models that they say something about.
 PLACEMENTS: dict[str, dict[str, dict[str, Any]]] = {
+    "fast": {name: {"placement": "fast"} for name in ("vit_b_16", "convnext_tiny")},
     "no-adds": {name: {"add_inputs": "none"} for name in ("vit_b_16", "convnext_tiny")},
     "no-gates": {
         "efficientnet_b0": {
@@ -60,6 +63,10 @@ PLACEMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "no-gate-pools": {
         "efficientnet_b0": {"rules": [{"match": "features.*.avgpool", "quantize": False}]},
         "regnet_y_400mf": {"rules": [{"match": "trunk_output.*.se.avgpool", "quantize": False}]},
+    },
+    # Convolutions of groups, and the gates behind them.
+    "no-grouped": {
+        "regnet_y_400mf": {"rules": [{"match": f"trunk_output.*.{name}", "quantize": False} for name in ("f.b.0", "se")]}
     },
     "no-depthwise": {"convnext_tiny": {"rules": [{"match": "features.*.block.0", "quantize": False}]}},
 }
@@ -306,6 +313,7 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     with qat.tensorrt.load(job.plan) as engine:
         (output,) = engine.run(images).values()
         found = qat.bench.latency(engine, images, duration=args.duration, throughput=True)
+        replayed = qat.bench.latency(engine, images, duration=args.duration / 2, cuda_graph=True)
         times = qat.tensorrt.layer_times(engine, images)
         listing = qat.tensorrt.inspect(engine, onnx=str(job.file) if importlib.util.find_spec("onnx") else None, times=times)
         if engine.layer_information:
@@ -317,6 +325,7 @@ def measure(job: Job, args: argparse.Namespace) -> dict[str, Any]:
         "min": round(found.compute.minimum, 4),
         # All runs enqueued at once between two events: what a bare loop takes.
         "bare_loop": round(1000 / found.throughput, 4) if found.throughput else None,
+        "cuda_graph": round(replayed.compute.median, 4),
         "p99": round(found.compute.p99, 4),
         "cv": round(found.compute.variation, 2),
         "enqueue": round(found.enqueue.median, 4) if found.enqueue else None,
@@ -351,6 +360,14 @@ def table(args: argparse.Namespace) -> None:
             kinds = ("relative_error", "quantization_error")
             errors = [f"{of[variant].get(kind, math.nan):.4f}" if variant in of else "" for kind in kinds for variant in int8]
             print_row(*group, *times, *ratios, *errors)
+    if any("cuda_graph" in row for row in rows):
+        print("\nReplayed as a CUDA graph:\n")
+        print_row("model", "batch", *USUAL, *(f"FP16 : {name}" for name in names))
+        print_row(*["---"] * (2 + len(USUAL) + len(names)))
+        for group, of in found.items():
+            if any("cuda_graph" in row for row in of.values()):
+                times = [f"{of[v]['cuda_graph']:.3f}" if "cuda_graph" in of.get(v, {}) else "" for v in USUAL]
+                print_row(*group, *times, *(ratio(of, variant, of_what="cuda_graph") for variant in int8))
     others = [(group, of, variant) for group, of in found.items() for variant in of if variant not in USUAL]
     if others:
         print()
@@ -364,13 +381,25 @@ def table(args: argparse.Namespace) -> None:
     for row in rows:
         if VARIANTS[row["variant"]][1]["int8"]:
             print(f"- {row['model']}, batch {row['batch']}, {row['variant']}: {row['coverage']}")
-    overheads = [row["median"] / row["bare_loop"] - 1 for row in rows if row.get("bare_loop")]
-    if overheads:
-        print(f"\nMedian against a bare loop, {len(overheads)} engines: {min(overheads):+.1%} to {max(overheads):+.1%}")
+    for bound in (False, True):
+        overheads = [
+            row["median"] / row["bare_loop"] - 1 for row in rows if row.get("bare_loop") and enqueue_bound(row) is bound
+        ]
+        if overheads:
+            kind = "bound by enqueueing" if bound else "not bound by enqueueing"
+            print(
+                f"\nMedian against a bare loop, {len(overheads)} engines {kind}: {min(overheads):+.1%} to {max(overheads):+.1%}"
+            )
 
 
-def ratio(of: dict[str, dict[str, Any]], variant: str, base: str = "FP16") -> str:
-    return f"{of[base]['median'] / of[variant]['median']:.2f}" if {base, variant} <= set(of) else ""
+def enqueue_bound(row: dict[str, Any]) -> bool:
+    """Whether the host takes about as long to start a run as the GPU takes to do it."""
+    return row["enqueue"] is not None and row["enqueue"] > 0.9 * row["median"]
+
+
+def ratio(of: dict[str, dict[str, Any]], variant: str, base: str = "FP16", of_what: str = "median") -> str:
+    both = [of.get(name, {}).get(of_what) for name in (base, variant)]
+    return f"{both[0] / both[1]:.2f}" if all(both) else ""
 
 
 def print_row(*cells: Any) -> None:

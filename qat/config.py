@@ -17,6 +17,7 @@ _CHOICES = {
     "weight_granularity": ("channel", "tensor"),
     "weight_range": ("follow", "frozen"),
     "add_inputs": ("both", "residual", "none"),
+    "placement": ("all", "fast"),
 }
 _FLAGS = ("quantize", "pool_inputs", "conv_transpose", "learn_scales")
 
@@ -82,6 +83,10 @@ class QuantConfig:
         learn_scales: Train the ranges by the LSQ gradient, weights and activations. The parameter is ``amax``, which is
             ``qmax`` times the scale: for the relative steps that a published learning rate gives a scale, give ``amax``
             ``qmax`` times that rate with Adam and ``qmax ** 2`` times with SGD.
+        placement: ``"all"``: every layer but the head, and every residual Add. ``"fast"`` leaves in float what made
+            TensorRT's engines slower when it was measured: Adds of which no quantized layer reads an operand or the sum, as
+            in transformers that normalize before each layer, and the convolution that cuts an image into patches. A rule
+            with ``quantize=True`` overrides it.
         add_inputs: Residual Adds: ``"both"`` inputs, only the ``"residual"`` one (the other fuses into its
             convolution), or ``"none"``.
         pool_inputs: Quantize what average pooling reads.
@@ -104,6 +109,7 @@ class QuantConfig:
     weight_granularity: str = "channel"
     weight_range: str = "follow"
     learn_scales: bool = False
+    placement: str = "all"
     add_inputs: str = "both"
     pool_inputs: bool = True
     conv_transpose: bool = False

@@ -151,7 +151,7 @@ class Flow:
                 raise Untraceable(f"{path or 'the model'}: its forward cannot be traced ({reason})")
             result = self._outputs[path] = Origin()
             for graph in trace.graphs:
-                result.add(self.origin(trace, _output(graph)))
+                result.add(self.origin(trace, output_of(graph)))
         return self._outputs[path]
 
     def resolve(self, trace: Trace, node: fx.Node) -> Origin:
@@ -262,7 +262,7 @@ class Flow:
                     inner = self.traces.get(path)
                     if inner is None or not inner.evaluated:
                         return False
-                    last = _output(inner.graphs[0]).args[0]
+                    last = output_of(inner.graphs[0]).args[0]
                     return isinstance(last, fx.Node) and self.fed_by_layer(inner, last)
                 if not isinstance(module, _BatchNorm) and not self._is_identity(module) and not _is_layer_scale(module):
                     return False
@@ -286,7 +286,7 @@ class Flow:
                 if path in self.weighted:
                     own = 1
                 elif inner is not None and inner.graphs:
-                    own = self.depth(inner, _output(inner.graphs[0]))
+                    own = self.depth(inner, output_of(inner.graphs[0]))
             seen[node] = own + max((self._depth(trace, x, seen) for x in data_inputs(node)), default=0)
         return seen[node]
 
@@ -306,7 +306,8 @@ def has_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
-def _output(graph: fx.Graph) -> fx.Node:
+def output_of(graph: fx.Graph) -> fx.Node:
+    """The node that returns the module's result."""
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
@@ -372,7 +373,7 @@ def _is_layer_scale(module: nn.Module) -> bool:
     graphs = trace_module("", module).graphs
     if not graphs:
         return False
-    last = _output(graphs[0]).args[0]
+    last = output_of(graphs[0]).args[0]
     return isinstance(last, fx.Node) and _is_scaling(last) and any(x.op == "placeholder" for x in last.all_input_nodes)
 
 

@@ -14,6 +14,7 @@ from ..nn.layers import QUANTIZABLE, is_conv_transposed
 from ..nn.pool import AVERAGE_POOLS
 from .adds import ITERATES, Located, find_adds, find_pools
 from .check import check_layer
+from .fast import PATCHES, UNREAD, cuts_patches, is_read, read_values
 from .flow import Flow
 from .head import find_head
 from .report import Left
@@ -120,6 +121,8 @@ def _place_layers(plan: Plan, flow: Flow) -> None:
             why = "transposed convolution: TensorRT runs it in half precision; QuantConfig(conv_transpose=True) to include"
         elif "forward" in module.__dict__:
             why = OWN_FORWARD
+        elif plan.config.placement == "fast" and cuts_patches(module) and site.quantize is None:
+            why = PATCHES
         else:
             why = flow.unreached(path)
             if why and why.startswith("its weight is used"):
@@ -150,12 +153,19 @@ def _place_pools(plan: Plan, flow: Flow) -> None:
 def _place_adds(plan: Plan, flow: Flow, run: Run | None) -> None:
     found, left = find_adds(flow, set(plan.layers), run)
     plan.left += left
+    values = None
+    if plan.config.placement == "fast":
+        values = read_values(flow, (*plan.layers, *plan.pools), [item.located for item in plan.pool_calls])
     for located, name in _named(flow, found, "quant_add"):
         inputs = (True, True)
         if plan.config.add_inputs == "residual" and located.fusable is not None:
             inputs = (located.fusable != 0, located.fusable != 1)
         planned = PlannedExpression(located, name, inputs)
-        if not _is_left(plan, flow, planned, "addition"):
+        if _is_left(plan, flow, planned, "addition"):
+            continue
+        if values is not None and plan.config.site(planned.path).quantize is None and not is_read(flow, located, values):
+            plan.left.append(Left(planned.path, "addition", UNREAD))
+        else:
             plan.adds.append(planned)
 
 
