@@ -57,6 +57,59 @@ def test_pooling_of_a_channels_last_map_is_a_reduction(dims, tmp_path):
         np.testing.assert_allclose(outputs(path, x)[0], model(x).numpy(), rtol=1e-4, atol=1e-6)
 
 
+class Attention(nn.Module):
+    def __init__(self, mask=None, heads_first=True, **options):
+        super().__init__()
+        self.mask, self.heads_first, self.options = mask, heads_first, options
+
+    def forward(self, x):
+        q, k, v = x.unflatten(-1, (3, 2, 4)).unbind(-3)  # N, length, heads, 4
+        if self.heads_first:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, **self.options)
+
+
+LOWER = torch.ones(5, 5, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize(
+    ("model", "plain", "precision"),
+    [
+        (Attention(), True, "fp32"),
+        (Attention(scale=0.3), True, "fp32"),
+        (Attention(torch.randn(5, 5, generator=torch.Generator().manual_seed(1))), True, "fp16"),
+        (Attention(LOWER), False, "fp32"),
+        (Attention(is_causal=True), False, "fp32"),
+    ],
+    ids=["plain", "scale", "mask", "boolean", "causal"],
+)
+def test_attention_transposes_its_keys_at_once(model, plain, precision, tmp_path):
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0))
+    path = export_float(model.eval(), tmp_path / "m.onnx", x[:2], precision=precision)
+    operators = [node.op_type for node in onnx.load(path).graph.node]
+    assert ("Shape" in operators) is not plain
+    assert operators.count("MatMul") == 2
+    assert operators.count("Softmax") == 1
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if precision == "fp32" else {"rtol": 5e-3, "atol": 5e-3}
+    np.testing.assert_allclose(outputs(path, x)[0], model(x).numpy(), **tolerance)
+
+
+def test_attention_between_heads(tmp_path):
+    model = Attention(heads_first=False).eval()
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0))
+    path = export_float(model, tmp_path / "m.onnx", x[:2])
+    np.testing.assert_allclose(outputs(path, x)[0], model(x).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("opset", [17, 23])
+def test_attention_of_every_opset(opset, tmp_path):
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0))
+    path = export_float(Attention().eval(), tmp_path / "m.onnx", x[:2], opset=opset)
+    operators = [node.op_type for node in onnx.load(path).graph.node]
+    assert ("Attention" in operators) is (opset == 23)
+    np.testing.assert_allclose(outputs(path, x)[0], Attention()(x).numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_half_graph_multiplies_in_half_and_keeps_float_inputs(model, tmp_path):
     path = export_float(model, tmp_path / "m.onnx", torch.rand(1, 3, 64, 64), precision="fp16")
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph

@@ -444,7 +444,8 @@ def test_quantized_attention_equals_torch_on_quantized_operands(options, call):
     seen = {}
     prepared(module).out_quantizer.register_forward_pre_hook(lambda m, args: seen.update(x=args[0]))
     out = module(*inputs, **call)[0]
-    between = seen["x"].transpose(0, 1) if options.get("batch_first") else seen["x"]
+    # The site sees batches first.
+    between = seen["x"] if options.get("batch_first") else seen["x"].transpose(0, 1)
     torch.testing.assert_close(between, before_projection, rtol=1e-5, atol=1e-6)
     # From the very tensor that reached the site: the same codes, so equal to the bit but for the layout.
     torch.testing.assert_close(out, F.linear(fake(between, 1.5), out_weight, out_bias), rtol=1e-6, atol=1e-6)

@@ -136,23 +136,24 @@ class QuantAttention(Derived):
             raise ValueError("is_causal is a hint about attn_mask: pass the mask too, as nn.MultiheadAttention demands")
         batched = query.dim() == 3
         same = key is query, value is key
+        # Batches first, unlike torch: models that lay out their sequences so need no transposition then, nor does the graph.
         if not batched:
-            query, key, value = (t.unsqueeze(1) for t in (query, key, value))
-        elif self.batch_first:
+            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+        elif not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         # Views of one tensor are different objects: keep the identity that _project looks for.
         key = query if same[0] else key
         value = key if same[1] else value
-        length, batch, _ = query.shape
+        batch, length, _ = query.shape
         q, k, v = self._project(query, key, value)
         # As in torch: the hint replaces the mask where nothing else needs it, which keeps the fused causal kernel.
         causal = is_causal and key_padding_mask is None and not need_weights
-        mask = None if causal else self._merge_masks_to_float(attn_mask, key_padding_mask, q, k.shape[0])
+        mask = None if causal else self._merge_masks_to_float(attn_mask, key_padding_mask, q, k.shape[1])
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(1, batch, -1)])
-            v = torch.cat([v, self.bias_v.expand(1, batch, -1)])
+            k = torch.cat([k, self.bias_k.expand(batch, 1, -1)], dim=1)
+            v = torch.cat([v, self.bias_v.expand(batch, 1, -1)], dim=1)
             mask = F.pad(mask, (0, 1)) if mask is not None else None
-        q, k, v = (self._split_heads(t, batch) for t in (q, k, v))
+        q, k, v = (self._split_heads(t) for t in (q, k, v))
         if self.add_zero_attn:
             k, v = (torch.cat([t, t.new_zeros(*t.shape[:2], 1, t.shape[3])], dim=2) for t in (k, v))
             mask = F.pad(mask, (0, 1)) if mask is not None else None
@@ -165,26 +166,26 @@ class QuantAttention(Derived):
             out = weights @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        out = out.permute(2, 0, 1, 3).reshape(length, batch, self.embed_dim)
+        out = out.transpose(1, 2).reshape(batch, length, self.embed_dim)
         out = F.linear(self.out_quantizer(out), self.out_weight_quantizer(self.out_proj.weight), self.out_proj.bias)
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         if not batched:
-            out = out.squeeze(1)
-        elif self.batch_first:
+            out = out.squeeze(0)
+        elif not self.batch_first:
             out = out.transpose(0, 1)
         return out, weights
 
-    def _split_heads(self, x: Tensor, batch: int) -> Tensor:
-        """``(L, N, E)`` to ``(N, heads, L, E / heads)``."""
-        return x.reshape(x.shape[0], batch, self.num_heads, -1).permute(1, 2, 0, 3)
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """``(N, L, E)`` to ``(N, heads, L, E / heads)``."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _merge_masks_to_float(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, keys: int
     ) -> Tensor | None:
         """One additive mask that broadcasts to ``(N, heads, L, S)``, or ``None``."""
-        length, batch = q.shape[:2]
+        batch, length = q.shape[:2]
         merged = None
         if attn_mask is not None:
             merged = _additive(attn_mask, q.dtype)
