@@ -487,6 +487,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="SM86", metavar="SM86", help="GPU to build an ONNX file for (default: SM86)")
     parser.add_argument("--times", action="store_true", help="measure each layer of an engine on random inputs; needs its GPU")
     parser.add_argument("--png", metavar="OUT", help="draw the layers")
+    parser.add_argument("--rules", metavar="OUT", help="write settings (YAML) that leave in float what runs in float anyway")
     _json_flag(parser)
     _runtime_option(parser)
 
@@ -513,6 +514,12 @@ def _inspect(args: argparse.Namespace) -> int:
         _show(inspection)
     if args.png:
         inspection.to_png(args.png)
+    if args.rules:
+        import yaml
+
+        from .tensorrt.files import write_whole
+
+        write_whole(args.rules, yaml.safe_dump({"rules": inspection.rules}, sort_keys=False).encode())
     return FOUND if inspection.lost else OK
 
 

@@ -206,9 +206,13 @@ def test_lost_int8_is_exit_status_1(capsys, path, tmp_path):
         next(a for a in half.attribute if a.name == "axis").i = 1
     onnx.save(proto, str(tmp_path / "m.onnx"))
     assert run(capsys, "check", tmp_path / "m.onnx")[0] == 1
-    status, out, _ = run(capsys, "inspect", tmp_path / "m.onnx")
+    status, out, _ = run(capsys, "inspect", tmp_path / "m.onnx", "--rules", tmp_path / "rules.yaml")
     assert status == 1
     assert "5 of 6 quantized convs" in out
+    assert qat.QuantConfig.from_yaml(tmp_path / "rules.yaml").rules == (qat.config.Rule("block1.conv1", quantize=False),)
+    status, _, error = run(capsys, "inspect", tmp_path / "m.onnx", "--rules", tmp_path / "missing" / "rules.yaml")
+    assert status == 2
+    assert "rules.yaml: cannot be written" in error
 
 
 @needs_rtx

@@ -407,7 +407,20 @@ def test_recorded_float_conv_behind_pairs_gets_its_size_and_type(tmp_path):
         text.replace("conv2.input_quantizer.q (Int8[1,32:32", "conv2.input_quantizer.q (Half[1,32:8")
     )
     found = inspect(tmp_path / "build.log", onnx=residual_graph(both=False))
-    assert reason(found, "conv2/Conv") == "its kernel reads FP16; nothing in the graph says why (32 -> 32 channels, 3x3)"
+    why = "its kernel reads FP16 though the graph allows INT8: for this GPU none of its size, or a slower one"
+    assert reason(found, "conv2/Conv") == f"{why} (32 -> 32 channels, 3x3)"
+    assert found.rules == json.loads(found.to_json())["rules"] == [{"match": "conv2", "quantize": False}]
+    assert "1 quantized layers run in float here: a configuration can leave them so (rules)" in str(found)
+    config = qat.QuantConfig(rules=found.rules)
+    assert config.site("conv2").quantize is False
+    assert config.site("conv1").quantize is None
+
+
+def test_engine_that_lost_nothing_suggests_no_rules():
+    assert inspect(RECORDED / "log_8.6.log", onnx=residual_graph(both=False)).rules == []
+    # What is unknown is not left in float on suspicion.
+    assert inspect(RECORDED / "log_8.6_region.log", onnx=residual_graph(both=False)).rules == []
+    assert inspect(RECORDED / "log_8.6.log").rules == []
 
 
 @pytest.mark.parametrize(

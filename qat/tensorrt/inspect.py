@@ -99,6 +99,16 @@ class Inspection:
         return tuple(site for site in self.sites or () if site.group in ("conv", "linear") and not site.is_good)
 
     @property
+    def rules(self) -> list[dict[str, Any]]:
+        """What runs in float although quantized, as rules for ``qat.QuantConfig(rules=...)`` that leave it in float.
+
+        Its Q/DQ costs accuracy and conversions around it, and gains nothing on this GPU with this version.
+        """
+        # Nodes are named <module path>/<operator>.
+        paths = dict.fromkeys(site.node.rpartition("/")[0] for site in self.lost if site.state == "float")
+        return [{"match": path, "quantize": False} for path in paths if path]
+
+    @property
     def reformats(self) -> tuple[EngineLayer, ...]:
         """Layers that only copy, convert or pad."""
         return tuple(layer for layer in self.layers if layer.is_reformat)
@@ -121,6 +131,7 @@ class Inspection:
             "runtime": self.runtime,
             "target": self.target,
             "coverage": self.coverage,
+            "rules": self.rules,
             "reformats": len(self.reformats),
             "float_outputs": len(self.float_outputs),
             "sites": None if self.sites is None else [asdict(site) for site in self.sites],
@@ -212,6 +223,8 @@ class Inspection:
         for site in self.sites or ():
             if site.reason is not None:
                 yield f"{site.node} ({site.op}): {site.reason}"
+        if self.rules:
+            yield f"{len(self.rules)} quantized layers run in float here: a configuration can leave them so (rules)"
 
 
 def inspect(
@@ -413,7 +426,8 @@ def _product_site(wish: Wish, where: _Where, target: str | None) -> Site:
     elif target is not None and target.startswith("SM") and target[2:].isdigit() and int(target[2:]) < 80:
         reason = f"{target} is too old: TensorRT-RTX runs INT8 from SM80 on"
     else:
-        reason = f"its kernel reads {layer.precision or 'an unknown type'}; nothing in the graph says why{size}"
+        what = layer.precision or "an unknown type"
+        reason = f"its kernel reads {what} though the graph allows INT8: for this GPU none of its size, or a slower one{size}"
     return _site(wish, "float", index, reason)
 
 
