@@ -36,6 +36,7 @@ from warm import warm_builder
 MODELS = ("resnet50", "mobilenet_v2", "resnet18", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16")
 # Row of the table: the graph that it is built of, and the precisions that the builder may choose from.
 OTHERS = ("INT8 fast", "INT8 no Adds", "INT8 no gates", "INT8 no gate pools", "INT8 no grouped", "INT8 no depthwise")
+OTHERS += ("INT8 no attention",)
 USUAL = ("TF32", "FP16", "INT8 both", "INT8 fused")
 INT8 = {"fp16": True, "int8": True}
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
@@ -49,6 +50,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "INT8 no gate pools": ("no-gate-pools", INT8),
     "INT8 no grouped": ("no-grouped", INT8),
     "INT8 no depthwise": ("no-depthwise", INT8),
+    "INT8 no attention": ("no-attention", INT8),
 }
 # Other placements, exported with fused Adds for the models that they say something about.
 PLACEMENTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -67,6 +69,9 @@ PLACEMENTS: dict[str, dict[str, dict[str, Any]]] = {
     # Convolutions of groups, and the gates behind them.
     "no-grouped": {
         "regnet_y_400mf": {"rules": [{"match": f"trunk_output.*.{name}", "quantize": False} for name in ("f.b.0", "se")]}
+    },
+    "no-attention": {
+        "vit_b_16": {"placement": "fast", "rules": [{"match": "encoder.layers.*.self_attention", "quantize": False}]}
     },
     "no-depthwise": {"convnext_tiny": {"rules": [{"match": "features.*.block.0", "quantize": False}]}},
 }
