@@ -410,7 +410,10 @@ def test_recorded_float_conv_behind_pairs_gets_its_size_and_type(tmp_path):
     why = "its kernel reads FP16 though the graph allows INT8: for this GPU none of its size, or a slower one"
     assert reason(found, "conv2/Conv") == f"{why} (32 -> 32 channels, 3x3)"
     assert found.rules == json.loads(found.to_json())["rules"] == [{"match": "conv2", "quantize": False}]
-    assert "1 quantized layers run in float here: a configuration can leave them so (rules)" in str(found)
+    assert (
+        "1 quantized layer runs in float here: for rules that leave them so, see Inspection.rules or qat inspect --rules"
+        in str(found)
+    )
     config = qat.QuantConfig(rules=found.rules)
     assert config.site("conv2").quantize is False
     assert config.site("conv1").quantize is None

@@ -224,7 +224,9 @@ class Inspection:
             if site.reason is not None:
                 yield f"{site.node} ({site.op}): {site.reason}"
         if self.rules:
-            yield f"{len(self.rules)} quantized layers run in float here: a configuration can leave them so (rules)"
+            count = len(self.rules)
+            what = "1 quantized layer runs" if count == 1 else f"{count} quantized layers run"
+            yield f"{what} in float here: for rules that leave them so, see Inspection.rules or qat inspect --rules"
 
 
 def inspect(
