@@ -156,6 +156,9 @@ def run(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], failed: dict[str, str]) -> None:
     """A Markdown table; a variant is compared with the float step of its own kind, compiled or not."""
+    if not found:
+        print("no variant ran: " + "; ".join(f"{variant}: {why}" for variant, why in failed.items()))
+        return
     some = next(iter(found.values()))[0]
     layout = ", channels-last" if args.channels_last else ""
     print(f"{args.model}, batch {args.batch}, {args.size} px, {args.amp}{layout}; {some['device']}, torch {some['torch']}\n")
