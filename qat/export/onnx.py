@@ -10,7 +10,6 @@ import contextlib
 import inspect
 import itertools
 import json
-import math
 import os
 import re
 import tempfile
@@ -34,6 +33,7 @@ from . import opset as opsets
 from . import precision as precisions
 from .check import check_onnx
 from .inputs import call_arguments, graph_feeds, output_names, run
+from .program import rewrite
 from .state import SCALE, exporting
 
 OPSETS = range(17, 25)
@@ -313,10 +313,7 @@ def _to_onnx(
     except RuntimeError as error:
         hint = " If it fixes the batch size, export with dynamic_batch=False." if dynamic_batch else ""
         raise QATError(f"model: torch.export cannot trace it.{hint}\n{error}") from error
-    _mean_of_one(program.graph)
-    if opset < _ATTENTION_OPSET:
-        _plain_attention(program.graph)
-    program.graph_module.recompile()
+    rewrite(program, opset)
     calls = itertools.count()
 
     def translate(x: Any, scale: Any, axis: int | None = None, fmt: str = INT8.name) -> Any:
@@ -348,65 +345,6 @@ def _to_onnx(
     proto = converted.model_proto
     _name_batch(proto)
     return proto
-
-
-_ADAPTIVE_POOLS = {
-    torch.ops.aten.adaptive_avg_pool1d.default: 1,
-    torch.ops.aten.adaptive_avg_pool2d.default: 2,
-    torch.ops.aten.adaptive_avg_pool3d.default: 3,
-}
-
-
-def _mean_of_one(graph: torch.fx.Graph) -> None:
-    """Write an adaptive average pooling to size 1 as the mean it is, in place.
-
-    torch's exporter does so too, but lays a channels-last result out anew: in ONNX, a table of indices and a Gather.
-    """
-    for node in graph.nodes:
-        spatial = _ADAPTIVE_POOLS.get(node.target, 0)
-        if spatial and set(node.args[1]) == {1}:
-            node.target = torch.ops.aten.mean.dim
-            node.args = (node.args[0], list(range(-spatial, 0)), True)
-
-
-# Brings an operator for the whole.
-_ATTENTION_OPSET = 23
-
-
-def _plain_attention(graph: torch.fx.Graph) -> None:
-    """Write attention as two matrix products and a softmax, in place.
-
-    torch's exporter transposes the keys by way of two reshapes whose sizes the graph computes at run time. Causal, grouped
-    and Boolean masks are left to it.
-    """
-    ops = torch.ops.aten
-    for node in list(graph.nodes):
-        if node.target is not ops.scaled_dot_product_attention.default:
-            continue
-        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
-        given |= node.kwargs
-        mask = given.get("attn_mask")
-        boolean = mask is not None and mask.meta["val"].dtype == torch.bool
-        if boolean or any(given.get(name) for name in ("dropout_p", "is_causal", "enable_gqa")):
-            continue
-        scale = given.get("scale")
-        if scale is None:
-            scale = 1 / math.sqrt(given["query"].meta["val"].shape[-1])
-
-        def call(target: Any, *args: Any, like: torch.fx.Node = node) -> torch.fx.Node:
-            made = graph.call_function(target, args)
-            # Who it belongs to; its value is computed anew by the exporter.
-            made.meta = {key: value for key, value in like.meta.items() if key != "val"}
-            return made
-
-        with graph.inserting_before(node):
-            scores = call(
-                ops.matmul.default, call(ops.mul.Tensor, given["query"], scale), call(ops.transpose.int, given["key"], -2, -1)
-            )
-            if mask is not None:
-                scores = call(ops.add.Tensor, scores, mask)
-            weights = call(ops.softmax.int, scores, -1)
-        node.target, node.args, node.kwargs = ops.matmul.default, (weights, given["value"]), {}
 
 
 def _by_parameter(model: nn.Module, dynamic: _Dynamic) -> dict[str, Any]:
