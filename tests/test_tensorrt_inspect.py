@@ -17,7 +17,7 @@ from zoo import ZOO
 
 import qat
 from qat.errors import QATError
-from qat.tensorrt import inspect
+from qat.tensorrt import Inspection, Site, inspect
 from qat.tensorrt.layers import name_parts, read_json, read_log
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -407,7 +407,7 @@ def test_recorded_float_conv_behind_pairs_gets_its_size_and_type(tmp_path):
         text.replace("conv2.input_quantizer.q (Int8[1,32:32", "conv2.input_quantizer.q (Half[1,32:8")
     )
     found = inspect(tmp_path / "build.log", onnx=residual_graph(both=False))
-    why = "its kernel reads FP16 though the graph allows INT8: for this GPU none of its size, or a slower one"
+    why = "its kernel reads FP16 though the graph allows INT8: this GPU has no INT8 kernel of that size, or a slower one"
     assert reason(found, "conv2/Conv") == f"{why} (32 -> 32 channels, 3x3)"
     assert found.rules == json.loads(found.to_json())["rules"] == [{"match": "conv2", "quantize": False}]
     assert (
@@ -417,6 +417,13 @@ def test_recorded_float_conv_behind_pairs_gets_its_size_and_type(tmp_path):
     config = qat.QuantConfig(rules=found.rules)
     assert config.site("conv2").quantize is False
     assert config.site("conv1").quantize is None
+
+
+def test_rules_name_their_layer_only():
+    lost = Site("blocks.a[0]/Conv", "Conv", "conv", "float", 0, "no kernel")
+    config = qat.QuantConfig(rules=Inspection((), (lost,)).rules)
+    assert config.site("blocks.a[0]").quantize is False
+    assert config.site("blocks.a0").quantize is None
 
 
 def test_engine_that_lost_nothing_suggests_no_rules():

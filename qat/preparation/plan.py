@@ -121,12 +121,12 @@ def _place_layers(plan: Plan, flow: Flow) -> None:
             why = "transposed convolution: TensorRT runs it in half precision; QuantConfig(conv_transpose=True) to include"
         elif "forward" in module.__dict__:
             why = OWN_FORWARD
-        elif plan.config.placement == "fast" and cuts_patches(module) and site.quantize is None:
-            why = PATCHES
         else:
             why = flow.unreached(path)
             if why and why.startswith("its weight is used"):
                 why += ": missed; call the module instead"
+            if why is None and plan.config.placement == "fast" and cuts_patches(module) and site.quantize is None:
+                why = PATCHES
         if why:
             plan.left.append(Left(path, type(module).__name__, why))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections import Counter
@@ -106,7 +107,7 @@ class Inspection:
         """
         # Nodes are named <module path>/<operator>.
         paths = dict.fromkeys(site.node.rpartition("/")[0] for site in self.lost if site.state == "float")
-        return [{"match": path, "quantize": False} for path in paths if path]
+        return [{"match": glob.escape(path), "quantize": False} for path in paths if path]
 
     @property
     def reformats(self) -> tuple[EngineLayer, ...]:
@@ -429,7 +430,8 @@ def _product_site(wish: Wish, where: _Where, target: str | None) -> Site:
         reason = f"{target} is too old: TensorRT-RTX runs INT8 from SM80 on"
     else:
         what = layer.precision or "an unknown type"
-        reason = f"its kernel reads {what} though the graph allows INT8: for this GPU none of its size, or a slower one{size}"
+        why = "this GPU has no INT8 kernel of that size, or a slower one"
+        reason = f"its kernel reads {what} though the graph allows INT8: {why}{size}"
     return _site(wish, "float", index, reason)
 
 
