@@ -102,6 +102,18 @@ def test_attention_between_heads(tmp_path):
 
 
 @pytest.mark.parametrize("opset", [17, 23])
+def test_attention_viewed_as_its_kernel_lays_it_out(opset, tmp_path):
+    class Viewed(Attention):
+        def forward(self, x):
+            heads = super().forward(x)
+            return heads.transpose(1, 2).view(x.shape[0], x.shape[1], -1)
+
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0))
+    path = export_float(Viewed().eval(), tmp_path / "m.onnx", x[:2], opset=opset)
+    np.testing.assert_allclose(outputs(path, x)[0], Viewed()(x).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("opset", [17, 23])
 def test_attention_of_every_opset(opset, tmp_path):
     x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0))
     path = export_float(Attention().eval(), tmp_path / "m.onnx", x[:2], opset=opset)

@@ -40,7 +40,8 @@ def _plain_attention(graph: torch.fx.Graph) -> None:
     """Write attention as two matrix products and a softmax, in place.
 
     torch's exporter transposes the keys by way of two reshapes whose sizes the graph computes at run time. Causal, grouped
-    and Boolean masks are left to it.
+    and Boolean masks are left to it. The result is laid out as a matrix product's is, not as torch's kernel for attention
+    does: views of it become reshapes.
     """
     ops = torch.ops.aten
     for node in list(graph.nodes):
@@ -70,3 +71,5 @@ def _plain_attention(graph: torch.fx.Graph) -> None:
                 scores = call(ops.add.Tensor, scores, mask)
             weights = call(ops.softmax.int, scores, -1)
         node.target, node.args, node.kwargs = ops.matmul.default, (weights, given["value"]), {}
+        for view in graph.find_nodes(op="call_function", target=ops.view.default):
+            view.target = ops.reshape.default
