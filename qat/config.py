@@ -19,7 +19,7 @@ _CHOICES = {
     "add_inputs": ("both", "residual", "none"),
     "placement": ("all", "fast"),
 }
-_FLAGS = ("quantize", "pool_inputs", "conv_transpose", "learn_scales")
+_FLAGS = ("quantize", "gate_inputs", "pool_inputs", "conv_transpose", "learn_scales")
 
 
 def _check(name: str, value: Any) -> None:
@@ -89,6 +89,8 @@ class QuantConfig:
             with ``quantize=True`` overrides it.
         add_inputs: Residual Adds: ``"both"`` inputs, only the ``"residual"`` one (the other fuses into its
             convolution), or ``"none"``.
+        gate_inputs: Quantize both inputs of the product of a tensor and a gate computed from its average, as in
+            squeeze-and-excitation. With the product in float, TensorRT runs the convolution before it in float, too.
         pool_inputs: Quantize what average pooling reads.
         conv_transpose: Quantize transposed convolutions, with one scale a weight. TensorRT runs them in half precision
             either way.
@@ -111,6 +113,7 @@ class QuantConfig:
     learn_scales: bool = False
     placement: str = "all"
     add_inputs: str = "both"
+    gate_inputs: bool = True
     pool_inputs: bool = True
     conv_transpose: bool = False
     head: tuple[str, ...] | None = None

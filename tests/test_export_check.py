@@ -722,14 +722,27 @@ def test_a_product_with_a_vector_is_noted(shape, axis, scales, rows, found):
     assert (("conv", "gemv") in notes(model)) is found
 
 
-def test_depthwise_convolution_with_swish_is_noted():
-    def model(groups, c_in):
-        first = N("Conv", ["xd", "wd", "b"], ["c"], "conv", pads=[1, 1, 1, 1], group=groups)
-        swish = [N("Sigmoid", ["c"], ["g"], "sigmoid"), N("Mul", ["c", "g"], ["y"], "mul")]
-        return wide([*pair("x", "xd"), *weight(), first, *swish], w=np.ones((32, c_in, 3, 3), np.float32))
+def gated(groups, c_in, gate):
+    """A convolution and SiLU, averaged in INT8; the product with the average in float, in INT8, or none."""
+    first = N("Conv", ["xd", "wd", "b"], ["c"], "conv", pads=[1, 1, 1, 1], group=groups)
+    nodes = [*pair("x", "xd"), *weight(), first, N("Sigmoid", ["c"], ["g"], "sigmoid"), N("Mul", ["c", "g"], ["m"], "mul")]
+    nodes += [*pair("m", "md"), N("GlobalAveragePool", ["md"], ["p"], "pool")]
+    product = {"float": N("Mul", ["m", "p"], ["y"], "gate"), "int8": N("Mul", ["md", "p"], ["y"], "gate")}
+    return wide([*nodes, product.get(gate, N("Relu", ["p"], ["y"], "relu"))], w=np.ones((32, c_in, 3, 3), np.float32))
 
-    assert ("conv", "depthwise-swish") in notes(model(32, 1))
-    assert ("conv", "depthwise-swish") not in notes(model(1, 32))
+
+@pytest.mark.parametrize(
+    ("groups", "c_in", "gate", "noted"),
+    [(32, 1, "float", True), (4, 8, "float", True), (1, 32, "float", False), (32, 1, "int8", False), (32, 1, "", False)],
+)
+def test_convolution_of_groups_that_something_reads_in_float(groups, c_in, gate, noted):
+    assert (("conv", "groups-float") in notes(gated(groups, c_in, gate))) is noted
+
+
+def test_depthwise_convolution_whose_result_is_returned():
+    first = N("Conv", ["xd", "wd", "b"], ["y"], "conv", pads=[1, 1, 1, 1], group=32)
+    model = wide([*pair("x", "xd"), *weight(), first], w=np.ones((32, 1, 3, 3), np.float32))
+    assert ("conv", "groups-float") in notes(model)
 
 
 def test_quantized_attention_products_are_noted():

@@ -66,12 +66,13 @@ def case(request):
 
 def test_sites_are_as_published(case):
     expected, report = case.expected, case.report
-    counts = {kind: report.count(kind) for kind in ("conv", "linear", "attention", "add")}
+    counts = {kind: report.count(kind) for kind in ("conv", "linear", "attention", "add", "gate")}
     assert counts == {
         "conv": expected.conv,
         "linear": expected.linear,
         "attention": expected.attention,
         "add": expected.add,
+        "gate": expected.gate,
     }
 
 

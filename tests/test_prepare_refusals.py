@@ -176,7 +176,7 @@ def test_sharded_model_is_refused(one_process):
         (QuantConfig(head=("classifier",)), "head: 'classifier' matches no convolution, linear or attention layer"),
         (QuantConfig(head=("fc", "aux")), "head: 'aux' matches no"),
         (QuantConfig(head=("pool",)), "head: 'pool' matches no"),
-        (QuantConfig(rules=[{"match": "layer9", "quantize": False}]), "rules: 'layer9' matches no layer, Add or pooling"),
+        (QuantConfig(rules=[{"match": "layer9", "quantize": False}]), "rules: 'layer9' matches no layer, Add, gate or pooling"),
         (QuantConfig(rules=[{"match": "stem"}, {"match": "*.conv9"}]), r"rules: '\*.conv9' matches no layer"),
         (QuantConfig(rules=[{"match": "*", "quantize": False}]), r"Nothing to quantize(.|\n)*stem: excluded by a rule"),
     ],

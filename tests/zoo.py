@@ -3,9 +3,9 @@
 Where a comment derives a count from the paper, that is its source. The conv counts of inception_v3 and timm_mobilenetv4 and
 the Add counts of the EfficientNets and MobileNets were read off a run and are backed by the hooks and the dispatcher alone.
 
-``conv``, ``linear`` and ``attention`` count the layers that get sites, ``add`` the residual Adds, ``head`` names the
-classifier layers. The tests compare them with two independent counts: hooks on every layer, and additions seen by PyTorch's
-dispatcher.
+``conv``, ``linear`` and ``attention`` count the layers that get sites, ``add`` the residual Adds, ``gate`` the
+products of squeeze-and-excitation, ``head`` names the classifier layers. The tests compare layers and Adds with two
+independent counts: hooks on every layer, and additions seen by PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Expected:
     head: tuple[str, ...]
     size: int = 224
     detector: bool = False
+    gate: int = 0
     extra_adds: int = 0
     why_extra: str = ""
     idle: int = 0
@@ -80,13 +81,13 @@ ZOO = {
     # Sandler et al. 2018, table 2: 17 blocks, the first without expansion, 10 of them residual; stem and last conv.
     "mobilenet_v2": Expected(tv("mobilenet_v2"), 2 + 2 + 16 * 3, 0, 0, 10, ("classifier.1",), ci="depthwise, functional pool"),
     # Howard et al. 2019, table 1: 15 blocks, the first without expansion, 8 with squeeze-excitation (2 convs each).
-    "mobilenet_v3_large": Expected(tv("mobilenet_v3_large"), 2 + 2 + 14 * 3 + 8 * 2, 1, 0, 10, ("classifier.3",)),
+    "mobilenet_v3_large": Expected(tv("mobilenet_v3_large"), 2 + 2 + 14 * 3 + 8 * 2, 1, 0, 10, ("classifier.3",), gate=8),
     # Tan and Le 2019, table 1: 16 blocks with squeeze-excitation (5 convs; 4 without expansion), 9 residual.
-    "efficientnet_b0": Expected(tv("efficientnet_b0"), 2 + 4 + 15 * 5, 0, 0, 9, ("classifier.1",)),
+    "efficientnet_b0": Expected(tv("efficientnet_b0"), 2 + 4 + 15 * 5, 0, 0, 9, ("classifier.1",), gate=16),
     # Tan and Le 2021, table 4: 10 fused blocks, of which 2 have one conv, and 30 with squeeze-excitation (5 convs).
-    "efficientnet_v2_s": Expected(tv("efficientnet_v2_s"), 2 + 2 + 8 * 2 + 30 * 5, 0, 0, 35, ("classifier.1",)),
+    "efficientnet_v2_s": Expected(tv("efficientnet_v2_s"), 2 + 2 + 8 * 2 + 30 * 5, 0, 0, 35, ("classifier.1",), gate=30),
     # Radosavovic et al. 2020: 16 blocks of 3 convs and squeeze-excitation, 4 projections, the stem.
-    "regnet_y_400mf": Expected(tv("regnet_y_400mf"), 1 + 16 * 5 + 4, 0, 0, 16, ("fc",)),
+    "regnet_y_400mf": Expected(tv("regnet_y_400mf"), 1 + 16 * 5 + 4, 0, 0, 16, ("fc",), gate=16),
     # Liu et al. 2022: 18 blocks (depthwise conv, two linear), 4 downsampling convs.
     "convnext_tiny": Expected(tv("convnext_tiny"), 18 + 4, 36, 0, 18, ("classifier.2",)),
     # Huang et al. 2017: 58 dense layers of 2 convs, 3 transitions, the stem; concatenation, no Add.

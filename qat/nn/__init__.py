@@ -3,6 +3,7 @@
 from .add import Add, QuantAdd
 from .attention import QuantAttention
 from .layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
+from .mul import QuantMul
 from .pool import QuantPool
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "QuantConv3d",
     "QuantLayer",
     "QuantLinear",
+    "QuantMul",
     "QuantPool",
 ]

@@ -24,9 +24,9 @@ def prepare(model: nn.Module, config: QuantConfig | None = None, *, example_inpu
     """Put Q/DQ sites into ``model``, in place.
 
     Sites go to the input and the weight of every convolution and linear layer, to the projections of attention, to both
-    inputs of residual Adds and to the inputs of average pooling; not to biases and not to the classifier head. Layers
-    keep their class as a base class, their parameters, state-dict keys and hooks. The model computes what it did until
-    ``qat.calibrate`` sets the ranges.
+    inputs of residual Adds and of products with a gate (squeeze-and-excitation), and to the inputs of average pooling; not
+    to biases and not to the classifier head. Layers keep their class as a base class, their parameters, state-dict keys and
+    hooks. The model computes what it did until ``qat.calibrate`` sets the ranges.
 
     Args:
         model: A float model on its device, before any wrapping or compilation.

@@ -11,10 +11,10 @@ from ..nn.add import Add
 from .flow import Flow
 from .report import Left
 from .run import Operand, Run
-from .source import Key
+from .source import ADD_FORMS, Key
 from .trace import Trace, is_activation, located_add, located_pool
 
-IN_PLACE = ("+=", "add_")
+IN_PLACE = ("+=", "add_", "*=", "mul_")
 ITERATES = (
     "its forward goes through its children, so none can be added for an addition or pooling in it: hold the layers in "
     "an attribute, the addition in another (qat.nn.Add())"
@@ -55,7 +55,7 @@ def find_adds(flow: Flow, quantized: set[str], run: Run | None = None) -> tuple[
     found: list[Located] = []
     left: list[Left] = []
     for trace in flow.traces.values():
-        keys = [key for key in trace.source.keys if key.form != "pool"]
+        keys = [key for key in trace.source.keys if key.form in ADD_FORMS]
         if "forward" in trace.module.__dict__:
             left += [Left(trace.path, "forward", f"its forward is set on the instance: not rewritten; {_REMEDY}")]
             continue
@@ -80,7 +80,7 @@ def find_adds(flow: Flow, quantized: set[str], run: Run | None = None) -> tuple[
             residual = [n for n in nodes if _is_residual(flow, trace, n, quantized)]
             if not residual:
                 continue
-            if key.form in IN_PLACE and any(_read_later(n) for n in residual):
+            if key.form in IN_PLACE and any(read_later(n) for n in residual):
                 why = f"it changes a tensor in place that is read again later: not rewritten; {_REMEDY}"
                 left.append(Left(trace.path, "addition in place", why))
                 continue
@@ -158,7 +158,8 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _read_later(node: fx.Node) -> bool:
+def read_later(node: fx.Node) -> bool:
+    """Whether the first operand of a marked expression is read after it."""
     order = {n: position for position, n in enumerate(node.graph.nodes)}
     changed = node.args[1]
     return isinstance(changed, fx.Node) and any(order[user] > order[node] for user in changed.users)

@@ -20,8 +20,8 @@ from ..errors import QATError
 from ..nn.add import Add
 from ..nn.layers import WEIGHTED_FUNCTIONS, is_quantizable
 from ..nn.pool import AVERAGE_POOLS
-from .source import read_class
-from .trace import TRACE_ERRORS, Trace, copy_alone, data_inputs, is_constant, located_add, trace_module
+from .source import ADD_FORMS, read_class
+from .trace import TRACE_ERRORS, Trace, copy_alone, data_inputs, is_constant, located_add, located_mul, trace_module
 
 
 class Untraceable(QATError):
@@ -85,8 +85,10 @@ class Flow:
             return False  # a site itself, whatever its forward calls
         if path in self._traced:
             return True
-        # PyTorch's own leaves add nothing up; a user's may.
-        return not type(module).__module__.startswith("torch.") and bool(read_class(type(module)).keys)
+        # PyTorch's own leaves add and pool nothing; a user's may.
+        if type(module).__module__.startswith("torch."):
+            return False
+        return any(key.form in (*ADD_FORMS, "pool") for key in read_class(type(module)).keys)
 
     @property
     def is_traced(self) -> bool:
@@ -384,7 +386,8 @@ def _is_scaling(node: fx.Node) -> bool:
         name = str(node.target)
     else:
         return False
-    return name in ("mul", "mul_", "multiply") and any(is_constant(x) and not _is_number(x) for x in node.all_input_nodes)
+    products = ("mul", "mul_", "multiply", located_mul.__name__)
+    return name in products and any(is_constant(x) and not _is_number(x) for x in node.all_input_nodes)
 
 
 def _is_number(node: fx.Node) -> bool:

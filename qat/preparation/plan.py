@@ -16,6 +16,7 @@ from .adds import ITERATES, Located, find_adds, find_pools
 from .check import check_layer
 from .fast import PATCHES, UNREAD, cuts_patches, is_read, read_values
 from .flow import Flow
+from .gates import find_gates
 from .head import find_head
 from .report import Left
 from .run import Run, observe
@@ -27,7 +28,7 @@ Slot = tuple[str, str]  # module path, which input
 
 @dataclass
 class PlannedExpression:
-    """An addition or functional pooling that becomes a submodule ``name`` of the module at ``located.path``."""
+    """An addition, product or functional pooling that becomes a submodule ``name`` of the module at ``located.path``."""
 
     located: Located
     name: str
@@ -49,6 +50,7 @@ class Plan:
         layers: Settings of each weighted module that gets sites, by path.
         pools: Paths of the pooling modules that get a site.
         adds: Additions.
+        gates: Products of a tensor and its gate.
         pool_calls: Functional poolings.
         groups: Representative of the slots that read the same tensor, by slot.
         left: What stays in float.
@@ -60,6 +62,7 @@ class Plan:
     layers: dict[str, SiteConfig] = field(default_factory=dict)
     pools: list[str] = field(default_factory=list)
     adds: list[PlannedExpression] = field(default_factory=list)
+    gates: list[PlannedExpression] = field(default_factory=list)
     pool_calls: list[PlannedExpression] = field(default_factory=list)
     groups: dict[Slot, Slot] = field(default_factory=dict)
     left: list[Left] = field(default_factory=list)
@@ -80,6 +83,8 @@ def make_plan(model: nn.Module, config: QuantConfig, example_inputs: Any) -> Pla
     _place_layers(plan, flow)
     if config.pool_inputs:
         _place_pools(plan, flow)
+    if config.gate_inputs:
+        _place_gates(plan, flow)
     if config.add_inputs != "none":
         _place_adds(plan, flow, run)
     if not plan.layers:
@@ -150,12 +155,25 @@ def _place_pools(plan: Plan, flow: Flow) -> None:
             plan.pool_calls.append(planned)
 
 
+def _place_gates(plan: Plan, flow: Flow) -> None:
+    gates = find_gates(flow, set(plan.layers))
+    plan.left += gates.left
+    for located, name in _named(flow, gates.products, "quant_mul"):
+        planned = PlannedExpression(located, name, (True, True))
+        if not _is_left(plan, flow, planned, "gate"):
+            plan.gates.append(planned)
+    for located, name in _named(flow, gates.means if plan.config.pool_inputs else [], "quant_mean"):
+        planned = PlannedExpression(located, name, (True,))
+        if not _is_left(plan, flow, planned, "mean"):
+            plan.pool_calls.append(planned)
+
+
 def _place_adds(plan: Plan, flow: Flow, run: Run | None) -> None:
     found, left = find_adds(flow, set(plan.layers), run)
     plan.left += left
     values = None
     if plan.config.placement == "fast":
-        values = read_values(flow, (*plan.layers, *plan.pools), [item.located for item in plan.pool_calls])
+        values = read_values(flow, (*plan.layers, *plan.pools), [item.located for item in (*plan.pool_calls, *plan.gates)])
     for located, name in _named(flow, found, "quant_add"):
         inputs = (True, True)
         if plan.config.add_inputs == "residual" and located.fusable is not None:
@@ -193,11 +211,11 @@ def _named(flow: Flow, found: list[Located], stem: str) -> Iterator[tuple[Locate
 
 
 def _check_globs(plan: Plan, flow: Flow) -> None:
-    paths = [*flow.weighted, *plan.pools, *(item.path for item in (*plan.adds, *plan.pool_calls))]
+    paths = [*flow.weighted, *plan.pools, *(item.path for item in (*plan.adds, *plan.gates, *plan.pool_calls))]
     paths += [item.path for item in plan.left]
     for rule in plan.config.rules:
         if not any(matches(rule.match, path) for path in paths):
-            raise QATError(f"rules: {rule.match!r} matches no layer, Add or pooling of this model")
+            raise QATError(f"rules: {rule.match!r} matches no layer, Add, gate or pooling of this model")
 
 
 def _group(plan: Plan, flow: Flow) -> None:
@@ -230,6 +248,7 @@ def slots(plan: Plan, model: nn.Module) -> Iterator[Slot]:
     yield from ((path, "input") for path in plan.pools)
     for item in plan.adds:
         yield from ((item.path, what) for what, placed in zip("ab", item.inputs, strict=True) if placed)
+    yield from ((item.path, what) for item in plan.gates for what in "ab")
     yield from ((item.path, "input") for item in plan.pool_calls)
 
 
@@ -239,8 +258,8 @@ class _Readers:
     def __init__(self, plan: Plan, flow: Flow) -> None:
         self.flow = flow
         self.expressions: dict[tuple[str, fx.Node], list[Slot]] = {}
-        for item in (*plan.adds, *plan.pool_calls):
-            whats = ("a", "b") if item in plan.adds else ("input",)
+        for item in (*plan.adds, *plan.gates, *plan.pool_calls):
+            whats = ("a", "b") if len(item.inputs) == 2 else ("input",)
             for operands in item.located.operands:
                 for node, what in zip(operands, whats, strict=True):
                     trace = item.located.trace

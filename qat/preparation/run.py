@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..inputs import call, tensors
 from .flow import Flow
-from .source import Key, derive_class, plain_operation
+from .source import ADD_FORMS, Key, derive_class, plain_operation
 
 _NONE: frozenset[str] = frozenset()
 
@@ -125,7 +125,7 @@ def observe(flow: Flow, example_inputs: Any) -> Run:
             elif isinstance(module, _BatchNorm):
                 handles.append(module.register_forward_hook(tracker.normalization_hook))
         for trace in flow.traces.values():
-            keys = [key for key in trace.source.keys if key.form != "pool"]
+            keys = [key for key in trace.source.keys if key.form in ADD_FORMS]
             if keys and not trace.graphs:
                 classes[trace.module] = type(trace.module)
                 names = {key: f"_qat_{position}" for position, key in enumerate(keys)}

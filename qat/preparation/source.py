@@ -1,6 +1,6 @@
 """Reading and rewriting the ``forward`` of one module's class.
 
-Additions and functional poolings live in code, not in modules. Every such expression that a class can reach from its
+Additions, products and functional poolings live in code, not in modules. Every such expression that a class can reach from its
 ``forward`` gets a :class:`Key`; :func:`derive_class` returns a subclass in whose methods some of them are calls of an
 attribute: ``a + b`` becomes ``self.<name>(a, b)``, ``F.avg_pool2d(x, ...)`` becomes ``F.avg_pool2d(self.<name>(x), ...)``.
 Everything else stays as it was written, line numbers, globals and closures included.
@@ -24,6 +24,11 @@ from torch import nn
 from torch.nn import functional as F
 
 ADD_FUNCTIONS = (torch.add, operator.add)
+MUL_FUNCTIONS = (torch.mul, torch.multiply, operator.mul)
+ADD_FORMS = ("+", "+=", "add", "add_", "torch.add")
+MUL_FORMS = ("*", "*=", "mul", "mul_", "torch.mul")
+# Of one operand: a functional pooling, and an average that may be one.
+POOL_FORMS = ("pool", "mean")
 POOL_FUNCTIONS = (
     F.avg_pool1d,
     F.avg_pool2d,
@@ -32,6 +37,7 @@ POOL_FUNCTIONS = (
     F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d,
 )
+_OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Mult: "*"}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _CHILDREN = {"children", "named_children", "_modules"}
 _OWN_ITEMS = {"", "items", "keys", "values"}
@@ -46,7 +52,7 @@ class Key:
         owner: Position in the class's method resolution order of the class that defines the method.
         method: Name of that method.
         index: Position of the expression in the method, in source order of its end.
-        form: ``"+"``, ``"+="``, ``"add"``, ``"add_"``, ``"torch.add"`` or ``"pool"``.
+        form: One of ``ADD_FORMS``, ``MUL_FORMS`` or ``POOL_FORMS``.
     """
 
     owner: int
@@ -189,13 +195,15 @@ class _Visitor(ast.NodeTransformer):
     def visit_BinOp(self, node: ast.BinOp) -> Any:
         self.generic_visit(node)
         literal = isinstance(node.left, ast.Constant) or isinstance(node.right, ast.Constant)
-        return self.found(self.key("+"), node) if isinstance(node.op, ast.Add) and not literal else node
+        form = _OPERATORS.get(type(node.op))
+        return self.found(self.key(form), node) if form is not None and not literal else node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         self.generic_visit(node)
         literal = isinstance(node.value, ast.Constant)
-        if isinstance(node.op, ast.Add) and not literal and _is_repeatable(node.target):
-            return self.found(self.key("+="), node)
+        form = _OPERATORS.get(type(node.op))
+        if form is not None and not literal and _is_repeatable(node.target):
+            return self.found(self.key(f"{form}="), node)
         return node
 
     def visit_Call(self, node: ast.Call) -> Any:
@@ -204,11 +212,18 @@ class _Visitor(ast.NodeTransformer):
         target = _resolve(node.func, self.method.function)
         if plain and len(node.args) == 2 and any(target is f for f in ADD_FUNCTIONS):
             return self.found(self.key("torch.add"), node)
-        if node.args and not isinstance(node.args[0], ast.Starred) and any(target is f for f in POOL_FUNCTIONS):
-            return self.found(self.key("pool"), node)
-        method_add = isinstance(node.func, ast.Attribute) and node.func.attr in ("add", "add_") and target is None
-        if plain and len(node.args) == 1 and method_add:
-            return self.found(self.key(node.func.attr), node)  # type: ignore[attr-defined]
+        if plain and len(node.args) == 2 and any(target is f for f in MUL_FUNCTIONS):
+            return self.found(self.key("torch.mul"), node)
+        if node.args and not isinstance(node.args[0], ast.Starred):
+            if any(target is f for f in POOL_FUNCTIONS):
+                return self.found(self.key("pool"), node)
+            if target is torch.mean:
+                return self.found(self.key("mean"), node)
+        if isinstance(node.func, ast.Attribute) and target is None:
+            if node.func.attr == "mean":
+                return self.found(self.key("mean"), node)
+            if plain and len(node.args) == 1 and node.func.attr in ("add", "add_", "mul", "mul_"):
+                return self.found(self.key(node.func.attr), node)
         return node
 
 
@@ -258,19 +273,22 @@ class _Rewrite(_Visitor):
     def found(self, key: Key, node: Any) -> Any:
         if key not in self.names:
             return node
-        if key.form == "+":
+        if key.form in ("+", "*"):
             return self._call(key, node, node.left, node.right)
-        if key.form == "+=":
+        if key.form in ("+=", "*="):
             read = ast.parse(ast.unparse(node.target), mode="eval").body
             return ast.copy_location(ast.Assign(targets=[node.target], value=self._call(key, node, read, node.value)), node)
-        if key.form == "torch.add":
+        if key.form in ("torch.add", "torch.mul"):
             return self._call(key, node, *node.args)
-        if key.form == "pool":
-            node.args[0] = self._call(key, node, node.args[0])
+        if key.form in POOL_FORMS:
+            if key.form == "mean" and _resolve(node.func, self.method.function) is None:
+                node.func.value = self._call(key, node, node.func.value)
+            else:
+                node.args[0] = self._call(key, node, node.args[0])
             return node
         call = self._call(key, node, node.func.value, *node.args)
-        if key.form == "add_" and isinstance(node.func.value, ast.Name):
-            # In place: the name, too, must mean the sum from here on.
+        if key.form in ("add_", "mul_") and isinstance(node.func.value, ast.Name):
+            # In place: the name, too, must mean the result from here on.
             target = ast.Name(id=node.func.value.id, ctx=ast.Store())
             return ast.copy_location(ast.NamedExpr(target=target, value=call), node)
         return call
@@ -333,12 +351,17 @@ def _compile(method: Method, tree: ast.FunctionDef, class_name: str) -> Function
 
 
 def plain_operation(form: str) -> Callable[[Any, Any], Any]:
-    """What an addition of this form does to operands that are not traced."""
+    """What an addition or product of this form does to operands that are not traced."""
     operations: dict[str, Callable[[Any, Any], Any]] = {
         "+": operator.add,
         "+=": operator.iadd,
         "torch.add": torch.add,
         "add": lambda a, b: a.add(b),
         "add_": lambda a, b: a.add_(b),
+        "*": operator.mul,
+        "*=": operator.imul,
+        "torch.mul": torch.mul,
+        "mul": lambda a, b: a.mul(b),
+        "mul_": lambda a, b: a.mul_(b),
     }
     return operations[form]

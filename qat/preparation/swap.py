@@ -13,6 +13,7 @@ from ..nn.add import Add, QuantAdd
 from ..nn.attention import QuantAttention, allow_fused_path, keep_python_path, projections, quant_attention_class
 from ..nn.derive import Derived
 from ..nn.layers import CONVS, CONVS_TRANSPOSED, make_weight_quantizer, quant_class
+from ..nn.mul import QuantMul
 from ..nn.pool import QuantPool, quant_pool_class
 from ..quantizer import Quantizer, WeightQuantizer
 from .plan import Plan, PlannedExpression, Slot
@@ -88,7 +89,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
     keep_python_path(model)
     for module in list(model.modules()):
         for child in module.children():
-            if isinstance(child, Quantizer | QuantAdd):
+            if isinstance(child, Quantizer | QuantAdd | QuantMul):
                 child.train(module.training)
     report = _report(model, plan)
     setattr(model, REPORT, report)
@@ -104,6 +105,9 @@ def _rewrite(model: nn.Module, plan: Plan, quantizer: Any, home: torch.device) -
             _retype(module, QuantAdd).set_quantizers(a, b, fusable=item.located.fusable)
         else:
             by_module.setdefault(item.located.path, []).append((item, QuantAdd(a, b, fusable=item.located.fusable)))
+    for item in plan.gates:
+        gate = QuantMul(quantizer((item.path, "a"), home), quantizer((item.path, "b"), home))
+        by_module.setdefault(item.located.path, []).append((item, gate))
     for item in plan.pool_calls:
         by_module.setdefault(item.located.path, []).append((item, quantizer((item.path, "input"), home)))
     for path, items in by_module.items():
@@ -152,7 +156,7 @@ def _report(model: nn.Module, plan: Plan) -> Report:
         granularity = "per-tensor" if site.axis is None else "per-channel"
         sites.append(Site(path, what, kind, granularity, str(site.fmt), paths[id(site)], note))
 
-    expressions = {item.path: item for item in (*plan.adds, *plan.pool_calls)}
+    expressions = {item.path: item for item in (*plan.adds, *plan.gates, *plan.pool_calls)}
     for path, module in model.named_modules(remove_duplicate=False):
         if path in kinds:
             for name, site in module._modules.items():
@@ -167,6 +171,9 @@ def _report(model: nn.Module, plan: Plan) -> Report:
                 if site is not None:
                     fusable = "fusable into its layer" if module.fusable == position else ""
                     add(path, f"add {'ab'[position]}", "add", site, fusable)
+        elif path in expressions and isinstance(module, QuantMul):
+            for what, site in zip("ab", (module.a_quantizer, module.b_quantizer), strict=True):
+                add(path, f"gate {what}", "gate", site)
     return Report(tuple(sites), tuple(plan.left), plan.head, plan.head_source, plan.config)
 
 

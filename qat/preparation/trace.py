@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .source import ClassSource, Key, derive_class, plain_operation, read_class
+from .source import MUL_FORMS, POOL_FORMS, ClassSource, Key, derive_class, plain_operation, read_class
 
 # What a user's forward may raise when its inputs are fx proxies: control flow on values, unpacking, missing attributes.
 TRACE_ERRORS = (
@@ -42,6 +42,13 @@ def located_add(key: Key, a: Any, b: Any) -> Any:
     return plain_operation(key.form)(a, b)
 
 
+def located_mul(key: Key, a: Any, b: Any) -> Any:
+    """Marks a product of two values of a traced graph."""
+    if isinstance(a, fx.Proxy) and isinstance(b, fx.Proxy):
+        return a.tracer.create_proxy("call_function", located_mul, (key, a, b), {})
+    return plain_operation(key.form)(a, b)
+
+
 def located_pool(key: Key, x: Any) -> Any:
     """Marks the input of a functional pooling in a traced graph."""
     return x.tracer.create_proxy("call_function", located_pool, (key, x), {}) if isinstance(x, fx.Proxy) else x
@@ -51,7 +58,8 @@ class _Marker:
     """Descriptor that binds a marker function to its key, as a method would bind ``self``."""
 
     def __init__(self, key: Key) -> None:
-        self.bound = functools.partial(located_pool if key.form == "pool" else located_add, key)
+        marker = located_pool if key.form in POOL_FORMS else located_mul if key.form in MUL_FORMS else located_add
+        self.bound = functools.partial(marker, key)
 
     def __get__(self, instance: Any, owner: type) -> Any:
         return self.bound

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     import onnx
     from rich.console import Console, ConsoleOptions, RenderResult
 
-_PLURAL = {"conv": "convs", "linear": "linears", "add": "Adds", "pool": "poolings"}
+_PLURAL = {"conv": "convs", "linear": "linears", "add": "Adds", "gate": "gates", "pool": "poolings"}
 
 
 @dataclass(frozen=True)
 class Site:
-    """An ONNX node that the graph wants in INT8, or an Add or pooling, and what became of it.
+    """An ONNX node that the graph wants in INT8, or an Add, gate or pooling, and what became of it.
 
     Attributes:
         node: Name of the ONNX node.
         op: Its operator.
-        group: ``"conv"``, ``"linear"`` (Gemm and MatMul), ``"add"`` or ``"pool"``.
-        state: ``"int8"``, ``"float"``, ``"fused"`` (an Add or pooling that costs no kernel of its own), ``"own"`` (an Add
+        group: ``"conv"``, ``"linear"`` (Gemm and MatMul), ``"add"``, ``"gate"`` (a product of two) or ``"pool"``.
+        state: ``"int8"``, ``"float"``, ``"fused"`` (an Add, gate or pooling that costs no kernel of its own), ``"own"`` (an Add
             that does) or ``"unknown"``.
         layer: Index of its layer, ``None`` if no layer names it.
         reason: Why it does not run in INT8, or is not fused; ``None`` if it does.
@@ -88,6 +88,7 @@ class Inspection:
                     "conv": "quantized convs run in INT8",
                     "linear": "quantized linears run in INT8",
                     "add": "Adds fused",
+                    "gate": "gates in INT8 or fused",
                     "pool": "poolings in INT8 or fused",
                 }[group]
             )
@@ -361,8 +362,8 @@ def _sites(graph: Graph, layers: tuple[EngineLayer, ...], target: str | None) ->
     for wish in graph.wishes():
         if wish.group == "add":
             yield _add_site(wish, where)
-        elif wish.group == "pool":
-            yield _pool_site(wish, where)
+        elif wish.group in ("gate", "pool"):
+            yield _other_site(wish, where)
         else:
             yield _product_site(wish, where, target)
 
@@ -431,6 +432,10 @@ def _product_site(wish: Wish, where: _Where, target: str | None) -> Site:
     else:
         what = layer.precision or "an unknown type"
         why = "this GPU has no INT8 kernel of that size, or a slower one"
+        if wish.float_reader is not None:
+            why = (
+                f"{wish.float_reader} reads its result in float, and no INT8 kernel of that size writes it; quantize that, too"
+            )
         reason = f"its kernel reads {what} though the graph allows INT8: {why}{size}"
     return _site(wish, "float", index, reason)
 
@@ -450,7 +455,7 @@ def _add_site(wish: Wish, where: _Where) -> Site:
     return _site(wish, "unknown", None, "no layer names it")
 
 
-def _pool_site(wish: Wish, where: _Where) -> Site:
+def _other_site(wish: Wish, where: _Where) -> Site:
     candidates = where.layers_of(wish.node)
     if not candidates:
         region = where.region_of(wish.node)
@@ -459,9 +464,11 @@ def _pool_site(wish: Wish, where: _Where) -> Site:
     layer = where.layers[index]
     if layer.is_mac or (layer.kind == "kgen" and any(tensor.name in where.products for tensor in layer.inputs)):
         return _site(wish, "fused", index)
-    if layer.inputs and layer.inputs[0].dtype == "INT8":
+    read = [tensor.dtype for tensor in layer.inputs[: 2 if wish.group == "gate" else 1]]
+    if read and set(read) == {"INT8"}:
         return _site(wish, "int8", index)
-    return _site(wish, "float", index, wish.obstacle or f"its {layer.kind} kernel reads {layer.precision or 'no listed type'}")
+    types = " and ".join(dict.fromkeys(filter(None, read))) or "no listed type"
+    return _site(wish, "float", index, wish.obstacle or f"its {layer.kind} kernel reads {types}")
 
 
 def _site(wish: Wish, state: str, layer: int | None, reason: str | None = None) -> Site:

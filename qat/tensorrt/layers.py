@@ -364,6 +364,8 @@ def _only_moves(name: str, kind: str) -> bool:
     return operations <= _MOVES or (operations <= {*_MOVES, "Conc"} and "Repl" in operations)
 
 
+# What TensorRT's parser calls layers that no node stands for: constants and the like, and the reshapes around a Gemm.
+_OWN = ("(Unnamed Layer*", "reshape_before_", "reshape_after_")
 _COPY = re.compile(r"\AReformatting CopyNode for (?:Input|Output) Tensor \d+ to ")
 
 
@@ -410,4 +412,4 @@ def name_parts(name: str) -> list[str]:
             part += text[i]
             i += 1
     parts.append(part)
-    return [part for part in dict.fromkeys(parts) if part and not part.startswith("(Unnamed Layer*")]
+    return [part for part in dict.fromkeys(parts) if part and not part.startswith(_OWN)]

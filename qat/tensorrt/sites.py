@@ -22,19 +22,24 @@ _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _POOLS = ("AveragePool", "GlobalAveragePool", "MaxPool", "GlobalMaxPool", "ReduceMean")
 # TensorRT fuses these into the convolution or matrix product before them: batch norm, layer scale, bias.
 _EPILOGUE = ("BatchNormalization", "Dropout", "Mul", "Add")
+# And these: activations. A Mul is one if both operands come from the same layer (SiLU).
+_ACTIVATIONS = ("Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Relu", "Sigmoid", "Softplus", "Swish", "Tanh")
+_BEHIND = (*_ACTIVATIONS, *_MOVES, "BatchNormalization", "Dropout")
 
 
 @dataclass(frozen=True)
 class Wish:
-    """A node that the graph asks to be run in INT8, or an Add or a pooling next to such nodes.
+    """A node that the graph asks to be run in INT8, or an Add, a gate or a pooling next to such nodes.
 
     Attributes:
         node: Name of the ONNX node.
         op: Its operator.
-        group: ``"conv"``, ``"linear"`` (Gemm and MatMul), ``"add"`` or ``"pool"``.
+        group: ``"conv"``, ``"linear"`` (Gemm and MatMul), ``"add"``, ``"gate"`` (the product of two) or ``"pool"``.
         obstacle: What in the graph keeps TensorRT from running it in INT8, or an Add from being fused; ``None`` if nothing.
         detail: Its size, for messages.
         position: Of the node in the graph.
+        float_reader: What reads the result of a convolution or matrix product in float, so that its kernel must write float;
+            ``None`` if nothing does.
     """
 
     node: str
@@ -43,6 +48,7 @@ class Wish:
     obstacle: str | None
     detail: str
     position: int
+    float_reader: str | None = None
 
 
 class Graph:
@@ -95,14 +101,17 @@ class Graph:
         return any(node.op_type == _DQ for node in self.nodes)
 
     def wishes(self) -> tuple[Wish, ...]:
-        """What should run in INT8, and every Add and pooling of activations, in graph order."""
+        """What should run in INT8, every Add and pooling of activations, and every quantized gate, in graph order."""
         found: list[Wish] = []
         for i, (node, name) in enumerate(zip(self.nodes, self.names, strict=True)):
             if node.op_type in _PRODUCTS and self._wants_int8(node):
                 group = "conv" if node.op_type.startswith("Conv") else "linear"
-                found.append(Wish(name, node.op_type, group, self._product_obstacle(node), self._size(node), i))
+                obstacle, reader = self._product_obstacle(node), self._float_reader(node)
+                found.append(Wish(name, node.op_type, group, obstacle, self._size(node), i, reader))
             elif node.op_type == "Add" and self._joins_activations(node):
                 found.append(Wish(name, "Add", "add", self._add_obstacle(node), "", i))
+            elif node.op_type == "Mul" and self._joins_activations(node) and all(map(self.dequantize, node.input)):
+                found.append(Wish(name, "Mul", "gate", None, "", i))
             elif node.op_type in _POOLS and self._is_pool(node):
                 found.append(Wish(name, node.op_type, "pool", self._pool_obstacle(node), "", i))
         return tuple(found)
@@ -159,6 +168,25 @@ class Graph:
         if moved == expected:
             return None
         return f"its weight is quantized along axis {axis} ({self._name(pair)}): use the axis of the output channels"
+
+    def _float_reader(self, node: Any) -> str | None:
+        """What reads the result in float, through the activation behind it."""
+        reached, pending = {node.output[0]}, [node.output[0]]
+        while pending:
+            for reader in self.readers.get(pending.pop(), []):
+                if reader.output[0] not in reached and self._is_activation(reader, reached):
+                    reached.add(reader.output[0])
+                    pending.append(reader.output[0])
+        for name in sorted(reached):
+            for reader in self.readers.get(name, []):
+                if reader.op_type != _Q and reader.output[0] not in reached:
+                    return self._name(reader)
+        return None
+
+    def _is_activation(self, node: Any, reached: set[str]) -> bool:
+        if node.op_type == "Mul":
+            return all(name in reached for name in node.input)
+        return node.op_type in _BEHIND
 
     # Adds
 

@@ -153,9 +153,12 @@ def _layers(view: View, target: Target) -> Iterator[Finding]:
             continue
         if node.op_type == "Conv":
             yield from _channels(view, node)
-            if is_depthwise(view, node) and _feeds_swish(view, node.output[0]):
-                problem = "depthwise convolution with Swish behind it, for which TensorRT has no INT8 kernel"
-                yield _note(node, "depthwise-swish", problem, "Leave it in float if the engine is slower with INT8")
+            reader = _float_reader(view, node.output[0]) if attribute(node, "group", 1) > 1 else None
+            if reader is not None and target.is_any_of("8.6", "10", "11"):
+                problem = f"convolution of groups whose result {reader} in float, and for that TensorRT 8.6 has no INT8 kernel"
+                yield _note(
+                    node, "groups-float", problem, "Quantize that, too (a gate: gate_inputs=True), or leave both in float"
+                )
         elif _is_vector(view, node):
             problem = "a matrix times a vector: bound by memory, INT8 gains nothing"
             yield _note(node, "gemv", problem, "Leave it in float")
@@ -178,16 +181,23 @@ def _channels(view: View, node: NodeProto) -> Iterator[Finding]:
             return
 
 
-def _feeds_swish(view: View, name: str) -> bool:
-    for reader in view.readers.get(name, []):
-        if reader.op_type in ("BatchNormalization", "Cast", "Identity"):
-            return _feeds_swish(view, reader.output[0])
-        if reader.op_type in ("Swish", "HardSwish"):
-            return True
-        if reader.op_type in ("Sigmoid", "HardSigmoid"):
-            products = [r for r in view.readers.get(reader.output[0], []) if r.op_type == "Mul"]
-            return any(name in product.input for product in products)
-    return False
+def _float_reader(view: View, name: str) -> str | None:
+    """What reads a result in float, or returns it, through the activation behind it."""
+    reached, pending = {name}, [name]
+    while pending:
+        at = pending.pop()
+        for reader in view.readers.get(at, []):
+            joined = reader.op_type == "Mul" and reached.issuperset(reader.input)
+            if joined or reader.op_type in ACTIVATIONS or reader.op_type in ("BatchNormalization", "Cast", "Identity"):
+                pending += [output for output in reader.output if output not in reached]
+                reached.update(reader.output)
+    for at in sorted(reached):
+        if at in view.outputs:
+            return f"the graph returns as {at}"
+        for reader in view.readers.get(at, []):
+            if reader.op_type != Q and not reached.issuperset(reader.output):
+                return f"{name_of(reader)} reads"
+    return None
 
 
 def _is_vector(view: View, node: NodeProto) -> bool:
