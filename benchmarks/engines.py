@@ -35,8 +35,7 @@ from warm import warm_builder
 
 MODELS = ("resnet50", "mobilenet_v2", "resnet18", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "vit_b_16")
 # Row of the table: the graph that it is built of, and the precisions that the builder may choose from.
-OTHERS = ("INT8 fast", "INT8 no Adds", "INT8 no gates", "INT8 no gate pools", "INT8 no grouped", "INT8 no depthwise")
-OTHERS += ("INT8 no attention",)
+OTHERS = ("INT8 fast", "INT8 no Adds", "INT8 float gates", "INT8 no depthwise", "INT8 no attention")
 USUAL = ("TF32", "FP16", "INT8 both", "INT8 fused")
 INT8 = {"fp16": True, "int8": True}
 VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
@@ -46,9 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
     "INT8 fused": ("fused", INT8),
     "INT8 fast": ("fast", INT8),
     "INT8 no Adds": ("no-adds", INT8),
-    "INT8 no gates": ("no-gates", INT8),
-    "INT8 no gate pools": ("no-gate-pools", INT8),
-    "INT8 no grouped": ("no-grouped", INT8),
+    "INT8 float gates": ("float-gates", INT8),
     "INT8 no depthwise": ("no-depthwise", INT8),
     "INT8 no attention": ("no-attention", INT8),
 }
@@ -56,20 +53,7 @@ VARIANTS: dict[str, tuple[str, dict[str, bool]]] = {
 PLACEMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {name: {"placement": "fast"} for name in ("vit_b_16", "convnext_tiny")},
     "no-adds": {name: {"add_inputs": "none"} for name in ("vit_b_16", "convnext_tiny")},
-    "no-gates": {
-        "efficientnet_b0": {
-            "rules": [{"match": f"features.*.{name}", "quantize": False} for name in ("avgpool", "fc1", "fc2")]
-        },
-        "regnet_y_400mf": {"rules": [{"match": "trunk_output.*.se", "quantize": False}]},
-    },
-    "no-gate-pools": {
-        "efficientnet_b0": {"rules": [{"match": "features.*.avgpool", "quantize": False}]},
-        "regnet_y_400mf": {"rules": [{"match": "trunk_output.*.se.avgpool", "quantize": False}]},
-    },
-    # Convolutions of groups, and the gates behind them.
-    "no-grouped": {
-        "regnet_y_400mf": {"rules": [{"match": f"trunk_output.*.{name}", "quantize": False} for name in ("f.b.0", "se")]}
-    },
+    "float-gates": {name: {"gate_inputs": False} for name in ("efficientnet_b0", "regnet_y_400mf")},
     "no-attention": {
         "vit_b_16": {"placement": "fast", "rules": [{"match": "encoder.layers.*.self_attention", "quantize": False}]}
     },
