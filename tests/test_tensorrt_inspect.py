@@ -478,6 +478,8 @@ def test_layers_without_types_are_refused():
         ("left/Conv || right/Conv", ["left/Conv", "right/Conv"]),
         ("Reformatting CopyNode for Input Tensor 0 to conv1 + relu", []),
         ("conv + (Unnamed Layer* 3) [Shuffle]", ["conv"]),
+        ("reshape_before_fc/Gemm + fc/Gemm", ["fc/Gemm"]),
+        ("reshape_after_fc/Gemm", []),
         ("PWN(a + b)_2", ["a", "b"]),
     ],
 )
