@@ -401,11 +401,22 @@ def test_region_with_metadata_lists_its_nodes():
     assert layer.onnx_nodes == ("a", "b", "c")
 
 
-def test_recorded_float_conv_behind_pairs_gets_its_size_and_type(tmp_path):
+def log_of_float_conv(tmp_path):
     text = (RECORDED / "log_8.6.log").read_text(encoding="utf-8")
     (tmp_path / "build.log").write_text(
         text.replace("conv2.input_quantizer.q (Int8[1,32:32", "conv2.input_quantizer.q (Half[1,32:8")
     )
+
+
+def test_recorded_float_conv_names_what_reads_its_result_in_float(tmp_path):
+    log_of_float_conv(tmp_path)
+    model = residual_graph(both=False)
+    model.graph.node.append(helper.make_node("Sub", ["conv2.out", "x"], ["difference"], "extra/Sub"))
+    assert "extra/Sub reads its result in float" in reason(inspect(tmp_path / "build.log", onnx=model), "conv2/Conv")
+
+
+def test_recorded_float_conv_behind_pairs_gets_its_size_and_type(tmp_path):
+    log_of_float_conv(tmp_path)
     found = inspect(tmp_path / "build.log", onnx=residual_graph(both=False))
     why = "its kernel reads FP16 though the graph allows INT8: this GPU has no INT8 kernel of that size, or a slower one"
     assert reason(found, "conv2/Conv") == f"{why} (32 -> 32 channels, 3x3)"

@@ -186,6 +186,9 @@ class Graph:
     def _is_activation(self, node: Any, reached: set[str]) -> bool:
         if node.op_type == "Mul":
             return all(name in reached for name in node.input)
+        if node.op_type == "Add":  # fused with the layer, if its other operand is in INT8 or constant
+            others = [name for name in node.input if name not in reached]
+            return all(name not in self.activations or self.dequantize(name) is not None for name in others)
         return node.op_type in _BEHIND
 
     # Adds

@@ -188,6 +188,9 @@ def _float_reader(view: View, name: str) -> str | None:
         at = pending.pop()
         for reader in view.readers.get(at, []):
             joined = reader.op_type == "Mul" and reached.issuperset(reader.input)
+            if reader.op_type == "Add":  # fused with the layer, if its other operand is in INT8 or constant
+                others = [name for name in reader.input if name not in reached]
+                joined = all(view.is_constant(name) or view.dequantizers(name) for name in others)
             if joined or reader.op_type in ACTIVATIONS or reader.op_type in ("BatchNormalization", "Cast", "Identity"):
                 pending += [output for output in reader.output if output not in reached]
                 reached.update(reader.output)
