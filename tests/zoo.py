@@ -127,7 +127,8 @@ ZOO = {
     "deeplabv3_resnet50": Expected(
         seg("deeplabv3_resnet50", aux_loss=True), 53 + 5 + 1 + 1 + 1, 0, 0, 16, ("classifier.4", "aux_classifier.4")
     ),
-    # Howard et al. 2019, figure 10, on MobileNetV3-large's 62 convs: two convs and two heads.
+    # Howard et al. 2019, figure 10, on MobileNetV3-large's 62 convs: two convs and two heads. Its own gate averages another
+    # tensor than the one it scales.
     "lraspp": Expected(
         seg("lraspp_mobilenet_v3_large"),
         62 + 2,
@@ -135,6 +136,7 @@ ZOO = {
         0,
         10,
         ("classifier.low_classifier", "classifier.high_classifier"),
+        gate=8,
         extra_adds=1,
         why_extra="the sum of the two heads",
         ci="dict output, two heads",
@@ -147,6 +149,7 @@ ZOO = {
         0,
         10,
         _SSD_HEAD,
+        gate=8,
         size=320,
         detector=True,
         ci="a detector, untraceable",
