@@ -17,6 +17,7 @@ _PUBLIC = {
     "calibrate": "calibration",
     "export_onnx": "export",
     "fake_quantize": "numerics",
+    "load_from_checkpoint": "loading",
     "parity": "export",
     "prepare": "preparation",
     "restore": "preparation",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .config import QuantConfig, Rule
     from .errors import QATError
     from .export import export_onnx, parity
+    from .loading import load_from_checkpoint
     from .numerics import INT4, INT8, Format, fake_quantize
     from .preparation import prepare, restore
 

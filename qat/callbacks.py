@@ -367,6 +367,14 @@ def _check_same_configs(checkpoint: Mapping[str, Any], pl_module: nn.Module) -> 
             raise QATError(f"{path}: the checkpoint was saved with another configuration: {', '.join(differing)}")
 
 
+def is_site_key(key: str, state_dict: Mapping[str, Any]) -> bool:
+    """Whether an entry of a state dict is the range of a site: the only entry of its module, float32."""
+    owner = key.removesuffix("amax")
+    if not key.endswith(".amax") or getattr(state_dict[key], "dtype", None) is None:
+        return False
+    return not any(other != key and other.startswith(owner) for other in state_dict)
+
+
 def _load_guard(trainer: pl.Trainer) -> Callable[..., None]:
     """A hook that explains a checkpoint whose sites do not fit, where torch would only list its keys.
 
@@ -374,8 +382,9 @@ def _load_guard(trainer: pl.Trainer) -> Callable[..., None]:
     """
 
     def check(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) -> None:
-        held = {key for key in state_dict if key.endswith(".amax")}
-        needed = {key for key in module.state_dict() if key.endswith(".amax")}
+        held = {key for key in state_dict if is_site_key(key, state_dict)}
+        own = module.state_dict()
+        needed = {key for key in own if is_site_key(key, own)}
         if trainer.ckpt_path is None or held == needed:
             return
         if not held:

@@ -21,6 +21,7 @@ PUBLIC = {
     "calibrate",
     "export_onnx",
     "fake_quantize",
+    "load_from_checkpoint",
     "nn",
     "parity",
     "prepare",
