@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
@@ -28,6 +29,7 @@ from .nn.layers import QUANTIZABLE
 from .nonfinite import first_non_finite
 from .preparation import Report, prepare, prepared_report, restore
 from .quantizer import WeightQuantizer, is_prepared, quantizers
+from .ranges import freeze_ranges, ranges_are_frozen, separate_ranges
 
 CHECKPOINT_KEY = "qat"
 DEFAULT_BATCHES = 32
@@ -57,6 +59,10 @@ class QATCallback(Callback):
             linear or attention layers, except metrics, losses and frozen teachers. When the layers are attributes of
             the LightningModule itself, or of several children that its ``forward`` chains, it is prepared as a whole.
         freeze_bn_epoch: First epoch (from 0) with frozen batch-norm statistics; ``None`` never freezes them.
+        freeze_ranges_epoch: First epoch with frozen ranges: those of weights stop following them, learned ones stop training.
+            ``None`` never freezes them.
+        range_lr_factor: Learning rate of learned ranges, relative to that of the parameter group they would be in. They get
+            groups of their own, without weight decay.
 
     Raises:
         QATError: For an invalid argument. During ``setup``: when there is nothing to quantize, or for a strategy or
@@ -72,9 +78,14 @@ class QATCallback(Callback):
         forward: Callable[[Any, Any], Any] | None = None,
         target: str | Sequence[str] | None = None,
         freeze_bn_epoch: int | None = 0,
+        freeze_ranges_epoch: int | None = None,
+        range_lr_factor: float = 1.0,
     ) -> None:
-        if freeze_bn_epoch is not None and freeze_bn_epoch < 0:
-            raise QATError(f"freeze_bn_epoch={freeze_bn_epoch}: must be an epoch from 0, or None to keep statistics live")
+        for name, epoch in (("freeze_bn_epoch", freeze_bn_epoch), ("freeze_ranges_epoch", freeze_ranges_epoch)):
+            if epoch is not None and epoch < 0:
+                raise QATError(f"{name}={epoch}: must be an epoch from 0, or None never to freeze")
+        if not range_lr_factor > 0:
+            raise QATError(f"range_lr_factor={range_lr_factor}: must be above 0")
         self.config = QuantConfig.from_dict(config) if isinstance(config, Mapping) else config
         self.calibration = dict(calibration or {})
         known = [name for name in inspect.signature(calibrate).parameters if name not in ("model", "data")]
@@ -85,6 +96,8 @@ class QATCallback(Callback):
         self.forward = forward
         self.target = (target,) if isinstance(target, str) else None if target is None else tuple(target)
         self.freeze_bn_epoch = freeze_bn_epoch
+        self.freeze_ranges_epoch = freeze_ranges_epoch
+        self.range_lr_factor = range_lr_factor
         self._load_guard: Any = None
         self._last_step: tuple[Any, Any] | None = None
 
@@ -114,11 +127,14 @@ class QATCallback(Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the configuration as plain values."""
-        checkpoint[CHECKPOINT_KEY] = {"configs": configs_of(pl_module)}
+        checkpoint[CHECKPOINT_KEY] = {"configs": configs_of(pl_module), "frozen_ranges": ranges_are_frozen(pl_module)}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another configuration."""
+        """Refuse a checkpoint of another configuration; freeze ranges that were frozen."""
         _check_same_configs(checkpoint, pl_module)
+        # The weights and ranges are loaded already.
+        if checkpoint.get(CHECKPOINT_KEY, {}).get("frozen_ranges"):
+            freeze_ranges(pl_module, refresh=False)
 
     # Training
 
@@ -126,6 +142,12 @@ class QATCallback(Callback):
         """Calibrate, unless the sites have ranges."""
         self._remove_load_guard()
         ranges_to_float32(pl_module)
+        schedulers = [entry.scheduler for entry in trainer.lr_scheduler_configs]
+        lost = separate_ranges(pl_module, trainer.optimizers, schedulers, lr_factor=self.range_lr_factor)
+        if lost:
+            rank_zero_warn(
+                f"no optimizer has the learned ranges of {len(lost)} sites, so they stay: {', '.join(lost[:3])}, ..."
+            )
         sites = [site for _, site in quantizers(pl_module) if not isinstance(site, WeightQuantizer)]
         if any(site.has_range for site in sites):
             return
@@ -152,17 +174,20 @@ class QATCallback(Callback):
             return (self.forward or run_module)(pl_module, batch)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Freeze batch norm when training starts or resumes in the middle of an epoch."""
-        self._freeze_batch_norm(trainer, pl_module)
+        """Freeze what is due when training starts or resumes in the middle of an epoch."""
+        self._freeze(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Freeze batch norm at the start of each epoch, after whatever called ``train()`` there."""
+        """Freeze what is due at the start of each epoch: batch norm after whatever called ``train()`` there."""
         if batch_idx == 0:
-            self._freeze_batch_norm(trainer, pl_module)
+            self._freeze(trainer, pl_module)
 
-    def _freeze_batch_norm(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.freeze_bn_epoch is not None and trainer.current_epoch >= self.freeze_bn_epoch:
             freeze_batch_norm(pl_module)
+        due = self.freeze_ranges_epoch is not None and trainer.current_epoch >= self.freeze_ranges_epoch
+        if due and not ranges_are_frozen(pl_module):
+            freeze_ranges(pl_module)
 
     # Non-finite losses
 

@@ -14,6 +14,7 @@ from .callbacks import CHECKPOINT_KEY, is_site_key, prepare_module
 from .config import QuantConfig
 from .errors import QATError
 from .preparation import prepare
+from .ranges import freeze_ranges
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
@@ -81,6 +82,8 @@ def load_from_checkpoint(
         hint = "" if saved or not sites else ". It does not hold the settings of its sites: pass config="
         raise QATError(f"{os.fspath(path)}: does not fit {module_class.__name__}{hint}: {error}") from error
     module.__class__ = module_class
+    if quantized and checkpoint.get(CHECKPOINT_KEY, {}).get("frozen_ranges"):
+        freeze_ranges(module, refresh=False)
     return module
 
 

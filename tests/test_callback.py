@@ -238,6 +238,8 @@ def test_nothing_is_left_half_prepared_after_an_error():
     ("options", "message"),
     [
         ({"freeze_bn_epoch": -1}, "freeze_bn_epoch=-1"),
+        ({"freeze_ranges_epoch": -2}, "freeze_ranges_epoch=-2"),
+        ({"range_lr_factor": 0.0}, "range_lr_factor=0.0"),
         ({"calibration": {"batch": 3}}, "calibration: unknown key 'batch'"),
         ({"config": {"add_input": "both"}}, "unknown key 'add_input'"),
     ],
@@ -373,22 +375,70 @@ def test_freeze_batch_norm_finds_synchronised_layers():
     assert not model[1].training
 
 
+# Ranges
+
+
+def weight_ranges(module):
+    return {path: site.amax.clone() for path, site in quantizers(module) if isinstance(site, WeightQuantizer)}
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_ranges_move_until_the_epoch_and_never_after(learned):
+    history = []
+
+    def record(trainer, module):
+        module.state_dict()  # refreshes what follows the weights
+        history.append(weight_ranges(module))
+
+    lit = Lit()
+    cb = callback(qat.QuantConfig(learn_scales=learned), freeze_ranges_epoch=2)
+    fit(lit, cb, Spy("on_train_start", record), Spy("on_train_epoch_end", record), epochs=4)
+    moved = [any(not torch.equal(old[name], new[name]) for name in old) for old, new in pairwise(history)]
+    assert moved == [True, True, False, False]
+
+
+def test_learned_ranges_have_no_weight_decay():
+    class Decayed(Lit):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), 0.01, weight_decay=0.5)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    lit, found = Decayed(), []
+
+    def look(trainer, module):
+        found.append([(g["weight_decay"], round(g["lr"], 6)) for g in trainer.optimizers[0].param_groups])
+
+    fit(lit, callback({"learn_scales": True}, range_lr_factor=10.0), Spy("on_train_epoch_start", look), epochs=3)
+    assert found == [[(0.5, 0.01), (0.0, 0.1)], [(0.5, 0.005), (0.0, 0.05)], [(0.5, 0.0025), (0.0, 0.025)]]
+
+
+def test_learned_ranges_that_no_optimizer_has_are_named():
+    class Head(Lit):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.model[5].parameters(), 0.05)
+
+    with pytest.warns(UserWarning, match=r"no optimizer has the learned ranges of \d+ sites.*model\.0\.input_quantizer"):
+        fit(Head(), callback({"learn_scales": True}))
+
+
 # Checkpoints
 
 
-def fit_in_order(lit, epochs, ckpt_path=None):
-    trainer = make_trainer(callback(freeze_bn_epoch=2), epochs=epochs)
+def fit_in_order(lit, epochs, ckpt_path=None, learned=False):
+    cb = callback({"learn_scales": learned}, freeze_bn_epoch=2, freeze_ranges_epoch=2)
+    trainer = make_trainer(cb, epochs=epochs)
     trainer.fit(lit, loader(False), loader(False), ckpt_path=ckpt_path)
     return trainer
 
 
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("stop", [1, 3])
-def test_resume_is_bit_equal(stop, tmp_path):
+def test_resume_is_bit_equal(stop, learned, tmp_path):
     straight, resumed = Lit(), Lit()
-    fit_in_order(straight, 4)
-    trainer = fit_in_order(Lit(), stop)
+    fit_in_order(straight, 4, learned=learned)
+    trainer = fit_in_order(Lit(), stop, learned=learned)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    fit_in_order(resumed, 4, tmp_path / "half.ckpt")
+    fit_in_order(resumed, 4, tmp_path / "half.ckpt", learned=learned)
     expected, actual = straight.state_dict(), resumed.state_dict()
     assert expected.keys() == actual.keys()
     assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
@@ -402,6 +452,20 @@ def test_test_with_checkpoint_path_restores_the_quantized_model(tmp_path):
     fresh = Lit(make_net())
     make_trainer(callback()).test(fresh, loader(False), ckpt_path=tmp_path / "qat.ckpt", verbose=False)
     assert torch.equal(fresh.model.eval()(IMAGES), expected)
+
+
+def test_frozen_ranges_stay_frozen_where_a_checkpoint_is_loaded(tmp_path):
+    lit = Lit()
+    trainer = fit(lit, callback(freeze_ranges_epoch=0), epochs=2)
+    trainer.save_checkpoint(tmp_path / "qat.ckpt")
+    expected = lit.model.eval()(IMAGES)
+    fresh = Lit(make_net())
+    make_trainer(callback()).test(fresh, loader(False), ckpt_path=tmp_path / "qat.ckpt", verbose=False)
+    assert torch.equal(fresh.model.eval()(IMAGES), expected)
+    assert torch.equal(qat.load_from_checkpoint(Lit, tmp_path / "qat.ckpt").model.eval()(IMAGES), expected)
+    # The frozen ranges are not those that the weights have now, or this test would prove nothing.
+    layer = fresh.model[0]
+    assert not torch.equal(layer.weight_quantizer.amax, layer.weight.detach().abs().amax((1, 2, 3)))
 
 
 def test_checkpoint_holds_plain_values_only(tmp_path):
