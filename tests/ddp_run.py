@@ -1,0 +1,74 @@
+"""One training run with QATCallback in one or more processes: ``ddp_run.py FOLDER PROCESSES SETTINGS``.
+
+Every process writes what it sees: ranges when training starts, weights and ranges at its end.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from test_callback import IMAGES, LABELS, Lit
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import qat
+from qat.quantizer import quantizers
+
+
+class Spare(nn.Module):
+    """A layer that runs and that no loss reaches, and one that never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs, self.idle = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        self.runs(x)
+        return x
+
+
+class Unused(Lit):
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(Spare(), *self.model)
+
+
+class Look(pl.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_start(self, trainer, pl_module):
+        ranges = {path: site.amax.detach().clone() for path, site in quantizers(pl_module)}
+        torch.save(ranges, self.folder / f"ranges-{trainer.global_rank}.pt")
+
+
+def main():
+    folder, processes, settings = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    pl.seed_everything(0, verbose=False)
+    lit = Unused() if settings.pop("unused", False) else Lit()
+    sync = settings.pop("sync_batchnorm", False)
+    config = {"learn_scales": settings.pop("learn_scales", False)}
+    batch = 48 // (3 * processes)
+    data = DataLoader(TensorDataset(IMAGES, LABELS), batch, shuffle=False)
+    freeze = 0 if settings.pop("frozen", False) else None
+    calibration = {"batches": 3, "progress": False, **settings}
+    callbacks = [qat.QATCallback(config, calibration=calibration, target="model", freeze_bn_epoch=freeze), Look(folder)]
+    strategy = "auto" if processes == 1 else "ddp_fork_find_unused_parameters_true"
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=processes, strategy=strategy, max_epochs=2, callbacks=callbacks, sync_batchnorm=sync,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+
+    class Save(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            torch.save(pl_module.state_dict(), folder / f"state-{trainer.global_rank}.pt")
+
+    trainer.callbacks.append(Save())
+    trainer.fit(lit, data)
+
+
+if __name__ == "__main__":
+    main()
