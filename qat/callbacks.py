@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -23,6 +24,7 @@ from .batchnorm import freeze_batch_norm
 from .calibration import calibrate
 from .calibration.batches import run_batch
 from .config import QuantConfig, Rule
+from .distillation import Distillation, float_copy
 from .errors import QATError
 from .nn.attention import QuantAttention
 from .nn.layers import QUANTIZABLE
@@ -61,6 +63,12 @@ class QATCallback(Callback):
         freeze_bn_epoch: First epoch (from 0) with frozen batch-norm statistics; ``None`` never freezes them.
         freeze_ranges_epoch: First epoch with frozen ranges: those of weights stop following them, learned ones stop training.
             ``None`` never freezes them.
+        distill_from: A teacher whose outputs the quantized model learns to give, besides what its ``training_step`` asks for
+            (which may return a zero that requires a gradient, without labels): a model that is called as the prepared one, or
+            ``"float"``: what that one is when ``fit`` begins, before it is quantized. Not part of checkpoints: to resume,
+            build the same model again.
+        distill_weight: What the distance to the teacher is multiplied by before it is added to the loss.
+        distill_loss: ``distill_loss(student_output, teacher_output)``. By default the divergence of class probabilities.
         range_lr_factor: Learning rate of learned ranges, relative to that of the parameter group they would be in. They get
             groups of their own, without weight decay.
 
@@ -79,6 +87,9 @@ class QATCallback(Callback):
         target: str | Sequence[str] | None = None,
         freeze_bn_epoch: int | None = 0,
         freeze_ranges_epoch: int | None = None,
+        distill_from: nn.Module | Literal["float"] | None = None,
+        distill_weight: float = 1.0,
+        distill_loss: Callable[[Any, Any], Tensor] | None = None,
         range_lr_factor: float = 1.0,
     ) -> None:
         for name, epoch in (("freeze_bn_epoch", freeze_bn_epoch), ("freeze_ranges_epoch", freeze_ranges_epoch)):
@@ -98,6 +109,14 @@ class QATCallback(Callback):
         self.freeze_bn_epoch = freeze_bn_epoch
         self.freeze_ranges_epoch = freeze_ranges_epoch
         self.range_lr_factor = range_lr_factor
+        if distill_from is not None and distill_from != "float" and not isinstance(distill_from, nn.Module):
+            raise QATError(f"distill_from={distill_from!r}: must be a model, or 'float' for the one before it is quantized")
+        self.distill_from = distill_from
+        self.distill_weight = distill_weight
+        self.distill_loss = distill_loss
+        self._distillation: Distillation | None = None
+        # Outlives fit, for checkpoints that are saved afterwards.
+        self._fingerprint: str | None = None
         self._load_guard: Any = None
         self._last_step: tuple[Any, Any] | None = None
 
@@ -109,14 +128,35 @@ class QATCallback(Callback):
         # Layers made in this hook must exist now; Lightning requires it to work when it is called again.
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
+        # Before a checkpoint is loaded: the weights are those that fit begins with.
+        original = copy.deepcopy(pl_module) if self.distill_from == "float" and stage == "fit" else None
         prepare_module(pl_module, self.config, self.target)
+        if self.distill_from is not None and stage == "fit":
+            self._set_teacher(pl_module, original)
         self._remove_load_guard()
         self._load_guard = pl_module.register_load_state_dict_pre_hook(_load_guard(trainer))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop what belongs to one run of the trainer."""
+        if self._distillation is not None:
+            self._distillation.remove()
+            self._distillation = None
         self._remove_load_guard()
         self._last_step = None
+
+    def _set_teacher(self, pl_module: pl.LightningModule, original: pl.LightningModule | None) -> None:
+        paths = list(_reports(pl_module))
+        if len(paths) != 1:
+            raise QATError(f"distill_from: {len(paths)} prepared sub-models ({', '.join(paths)}): name one by target=")
+        if original is not None:
+            teacher = float_copy(original.get_submodule(paths[0]))
+        else:
+            assert isinstance(self.distill_from, nn.Module)
+            teacher = self.distill_from
+        if self._distillation is not None:
+            self._distillation.remove()
+        self._distillation = Distillation(pl_module.get_submodule(paths[0]), teacher, self.distill_loss)
+        self._fingerprint = self._distillation.fingerprint()
 
     def _remove_load_guard(self) -> None:
         if self._load_guard is not None:
@@ -128,10 +168,18 @@ class QATCallback(Callback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the configuration as plain values."""
         checkpoint[CHECKPOINT_KEY] = {"configs": configs_of(pl_module), "frozen_ranges": ranges_are_frozen(pl_module)}
+        if self._fingerprint is not None:
+            checkpoint[CHECKPOINT_KEY]["teacher"] = self._fingerprint
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another configuration; freeze ranges that were frozen."""
         _check_same_configs(checkpoint, pl_module)
+        teacher = checkpoint.get(CHECKPOINT_KEY, {}).get("teacher")
+        if self._distillation is not None and teacher not in (None, self._fingerprint):
+            raise QATError(
+                "distill_from: the teacher is not the one that the checkpoint was trained with. Build the LightningModule with "
+                "the same float weights as then, or pass that model"
+            )
         # The weights and ranges are loaded already.
         if checkpoint.get(CHECKPOINT_KEY, {}).get("frozen_ranges"):
             freeze_ranges(pl_module, refresh=False)
@@ -142,6 +190,8 @@ class QATCallback(Callback):
         """Calibrate, unless the sites have ranges."""
         self._remove_load_guard()
         ranges_to_float32(pl_module)
+        if self._distillation is not None:
+            self._distillation.teacher.to(pl_module.device)
         schedulers = [entry.scheduler for entry in trainer.lr_scheduler_configs]
         lost = separate_ranges(pl_module, trainer.optimizers, schedulers, lr_factor=self.range_lr_factor)
         if lost:
@@ -188,6 +238,22 @@ class QATCallback(Callback):
         due = self.freeze_ranges_epoch is not None and trainer.current_epoch >= self.freeze_ranges_epoch
         if due and not ranges_are_frozen(pl_module):
             freeze_ranges(pl_module)
+
+    # Distillation
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Add the distance to the teacher to the loss."""
+        if self._distillation is None:
+            return
+        with trainer.precision_plugin.forward_context():
+            distance = self._distillation.loss()
+        pl_module.log("distillation", distance.detach())
+        added = self.distill_weight * distance
+        # Lightning has divided and scaled the loss already.
+        if pl_module.automatic_optimization:
+            added = added / trainer.accumulate_grad_batches
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        loss.add_((added if scaler is None else scaler.scale(added)).to(loss.dtype))
 
     # Non-finite losses
 
