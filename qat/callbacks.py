@@ -7,10 +7,12 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
@@ -20,12 +22,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from .batchnorm import freeze_batch_norm
+from .batchnorm import freeze_batch_norm, reestimate_batch_norm
 from .calibration import calibrate
 from .calibration.batches import run_batch
 from .config import QuantConfig, Rule
 from .distillation import Distillation, float_copy
 from .errors import QATError
+from .export import export_onnx
 from .nn.attention import QuantAttention
 from .nn.layers import QUANTIZABLE
 from .nonfinite import first_non_finite
@@ -61,6 +64,12 @@ class QATCallback(Callback):
             linear or attention layers, except metrics, losses and frozen teachers. When the layers are attributes of
             the LightningModule itself, or of several children that its ``forward`` chains, it is prepared as a whole.
         freeze_bn_epoch: First epoch (from 0) with frozen batch-norm statistics; ``None`` never freezes them.
+        reestimate_bn: Number of training batches over which the batch-norm statistics are averaged anew at the end of each
+            epoch, before its validation; ``None`` leaves them. Costs as many forward passes.
+        learn_scales: Overrides ``config.learn_scales``.
+        export: ONNX file to write when ``fit`` ends, or a mapping of the arguments of :func:`qat.export_onnx` with ``path``.
+            Inputs are those of ``example_input_array``, or ``example_inputs`` in the mapping. What is exported is the model
+            as the last step left it: to export the best checkpoint, load it and call :func:`qat.export_onnx`.
         freeze_ranges_epoch: First epoch with frozen ranges: those of weights stop following them, learned ones stop training.
             ``None`` never freezes them.
         distill_from: A teacher whose outputs the quantized model learns to give, besides what its ``training_step`` asks for
@@ -86,6 +95,9 @@ class QATCallback(Callback):
         forward: Callable[[Any, Any], Any] | None = None,
         target: str | Sequence[str] | None = None,
         freeze_bn_epoch: int | None = 0,
+        reestimate_bn: int | None = None,
+        learn_scales: bool | None = None,
+        export: str | Path | Mapping[str, Any] | None = None,
         freeze_ranges_epoch: int | None = None,
         distill_from: nn.Module | Literal["float"] | None = None,
         distill_weight: float = 1.0,
@@ -98,11 +110,18 @@ class QATCallback(Callback):
         if not range_lr_factor > 0:
             raise QATError(f"range_lr_factor={range_lr_factor}: must be above 0")
         self.config = QuantConfig.from_dict(config) if isinstance(config, Mapping) else config
+        if learn_scales is not None:
+            self.config = (self.config or QuantConfig()).replace(learn_scales=learn_scales)
         self.calibration = dict(calibration or {})
-        known = [name for name in inspect.signature(calibrate).parameters if name not in ("model", "data")]
-        unknown = [name for name in self.calibration if name not in known]
-        if unknown:
-            raise QATError(f"calibration: unknown key {unknown[0]!r}; known keys: {', '.join(known)}")
+        _check_keys("calibration", self.calibration, calibrate, ("model", "data"))
+        self.export = None if export is None else dict(export) if isinstance(export, Mapping) else {"path": export}
+        if self.export is not None:
+            _check_keys("export", self.export, export_onnx, ("model",))
+            if "path" not in self.export:
+                raise QATError("export: a mapping needs 'path', the ONNX file to write")
+        if reestimate_bn is not None and reestimate_bn < 1:
+            raise QATError(f"reestimate_bn={reestimate_bn}: must be a number of batches from 1, or None")
+        self.reestimate_bn = reestimate_bn
         self.calibration_data = calibration_data
         self.forward = forward
         self.target = (target,) if isinstance(target, str) else None if target is None else tuple(target)
@@ -133,6 +152,8 @@ class QATCallback(Callback):
         prepare_module(pl_module, self.config, self.target)
         if self.distill_from is not None and stage == "fit":
             self._set_teacher(pl_module, original)
+        if self.export is not None and stage == "fit":
+            self._exported(pl_module)
         self._remove_load_guard()
         self._load_guard = pl_module.register_load_state_dict_pre_hook(_load_guard(trainer))
 
@@ -157,6 +178,19 @@ class QATCallback(Callback):
             self._distillation.remove()
         self._distillation = Distillation(pl_module.get_submodule(paths[0]), teacher, self.distill_loss)
         self._fingerprint = self._distillation.fingerprint()
+
+    def _exported(self, pl_module: pl.LightningModule) -> tuple[nn.Module, dict[str, Any]]:
+        """The model to export, and the arguments: what is wrong with them must be said before training."""
+        assert self.export is not None
+        paths = list(_reports(pl_module))
+        if len(paths) != 1:
+            raise QATError(f"export: {len(paths)} prepared sub-models ({', '.join(paths)}): name one by target=")
+        options = {"example_inputs": getattr(pl_module, "example_input_array", None), **self.export}
+        if options["example_inputs"] is None:
+            raise QATError(
+                "export: set example_input_array in the LightningModule, or pass export={'path': ..., 'example_inputs': ...}"
+            )
+        return pl_module.get_submodule(paths[0]), options
 
     def _remove_load_guard(self) -> None:
         if self._load_guard is not None:
@@ -203,20 +237,19 @@ class QATCallback(Callback):
             return
         # Outside isolate_rng: the loader built here is the one that training uses, and draws what it would have drawn.
         trainer.fit_loop.setup_data()
-        with isolate_rng():
-            self._calibrate(trainer, pl_module)
+        self._calibrate(trainer, pl_module)
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = trainer.train_dataloader if self.calibration_data is None else self.calibration_data
         options = dict(self.calibration)
         batches = options.pop("batches", DEFAULT_BATCHES)
+        calibrate(pl_module, lambda module: self._show(trainer, pl_module, batches, self.calibration_data), **options)
 
-        def run(module: nn.Module) -> None:
-            with keep_generators(data):
-                for batch, *_ in itertools.islice(iter(CombinedLoader(data, "min_size")), batches):
-                    self._run(trainer, pl_module, batch)
-
-        calibrate(pl_module, run, **options)
+    def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int | None, data: Any = None) -> None:
+        """Run the module on the first batches of the training data, or other data, which draw no random numbers by that."""
+        data = trainer.train_dataloader if data is None else data
+        with isolate_rng(), keep_generators(data):
+            for batch, *_ in itertools.islice(iter(CombinedLoader(data, "min_size")), batches):
+                self._run(trainer, pl_module, batch)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
         batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
@@ -255,12 +288,24 @@ class QATCallback(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         loss.add_((added if scaler is None else scaler.scale(added)).to(loss.dtype))
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export."""
+        if self.export is None:
+            return
+        if trainer.is_global_zero:
+            model, options = self._exported(pl_module)
+            inputs = move_data_to_device(options.pop("example_inputs"), pl_module.device)
+            export_onnx(model, example_inputs=inputs, **options)
+        trainer.strategy.barrier("qat.export")
+
     # Non-finite losses
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the step, unread: looking at the loss here would synchronise with the device every time."""
+        """Average batch-norm statistics after the last step; remember the step, unread: that would synchronise every time."""
+        if self.reestimate_bn is not None and trainer.is_last_batch:
+            reestimate_batch_norm(pl_module, lambda module: self._show(trainer, pl_module, self.reestimate_bn))
         self._last_step = (outputs["loss"] if isinstance(outputs, Mapping) else outputs, batch)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -284,6 +329,13 @@ class QATCallback(Callback):
             f"the training loss is {loss.mean().item()} in epoch {trainer.current_epoch}, {found}. "
             "A NaN in an input comes from the data or the layer before; in a weight, lower the learning rate"
         )
+
+
+def _check_keys(argument: str, given: Mapping[str, Any], function: Callable[..., Any], besides: tuple[str, ...]) -> None:
+    known = [name for name in inspect.signature(function).parameters if name not in besides]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise QATError(f"{argument}: unknown key {unknown[0]!r}; known keys: {', '.join(known)}")
 
 
 def check_compatible(trainer: pl.Trainer, callback: QATCallback) -> None:

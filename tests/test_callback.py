@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import lightning.pytorch as pl
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import qat
-from qat.batchnorm import freeze_batch_norm
+from qat.batchnorm import freeze_batch_norm, reestimate_batch_norm
 from qat.callbacks import QATCallback, prepare_module
 from qat.nonfinite import first_non_finite
 from qat.quantizer import State, WeightQuantizer, is_prepared, quantizers
@@ -240,6 +242,9 @@ def test_nothing_is_left_half_prepared_after_an_error():
         ({"freeze_bn_epoch": -1}, "freeze_bn_epoch=-1"),
         ({"freeze_ranges_epoch": -2}, "freeze_ranges_epoch=-2"),
         ({"range_lr_factor": 0.0}, "range_lr_factor=0.0"),
+        ({"reestimate_bn": 0}, "reestimate_bn=0"),
+        ({"export": {"file": "m.onnx"}}, "export: unknown key 'file'"),
+        ({"export": {"opset": 19}}, "export: a mapping needs 'path'"),
         ({"calibration": {"batch": 3}}, "calibration: unknown key 'batch'"),
         ({"config": {"add_input": "both"}}, "unknown key 'add_input'"),
     ],
@@ -373,6 +378,129 @@ def test_freeze_batch_norm_finds_synchronised_layers():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train())
     assert freeze_batch_norm(model) == ["1"]
     assert not model[1].training
+
+
+def average_statistics(model, batches):
+    """Mean of the batches' means and of their unbiased variances, before each batch-norm layer, in float64."""
+    seen = {}
+    handles = [
+        module.register_forward_pre_hook(lambda m, args: seen.setdefault(m, []).append(args[0].detach().double()))
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm2d)
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for handle in handles:
+        handle.remove()
+    means = {m: torch.stack([x.mean((0, 2, 3)) for x in xs]).mean(0) for m, xs in seen.items()}
+    return {m: (means[m], torch.stack([x.var((0, 2, 3)) for x in xs]).mean(0)) for m, xs in seen.items()}
+
+
+def test_statistics_are_averages_over_the_batches():
+    model = make_net().eval()
+    batches = [IMAGES[:8], IMAGES[8:16] + 1, 2 * IMAGES[16:24]]
+    expected = average_statistics(model, batches)
+    model.train()
+    model[0].eval()
+    assert reestimate_batch_norm(model, lambda m: [m(batch) for batch in batches]) == ["2.bn"]
+    for norm, (mean, variance) in expected.items():
+        torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-5, atol=1e-6)
+        assert norm.momentum == 0.1
+    assert model[2].bn.training
+    assert not model[0].training
+
+
+def test_statistics_stay_when_showing_fails_or_misses_a_layer():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Sometimes()
+    for buffer in model.buffers():
+        buffer.add_(3)
+    before = [b.clone() for b in model.buffers()]
+
+    def fail(m):
+        m(IMAGES)
+        raise ValueError("no more data")
+
+    with pytest.raises(ValueError, match="no more data"):
+        reestimate_batch_norm(model, fail)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+    assert reestimate_batch_norm(model, lambda m: m(IMAGES)) == ["used"]
+    assert all(torch.equal(a, b) for a, b in zip(before[3:], model.idle.buffers(), strict=True))
+
+
+def test_statistics_are_estimated_anew_before_each_validation():
+    found = []
+
+    def look(trainer, module):
+        if not trainer.sanity_checking:
+            expected = average_statistics(copy.deepcopy(module.model).eval(), [IMAGES[:8], IMAGES[8:16]])
+            found.append([(m.running_mean.double() - mean).abs().max().item() for m, (mean, _) in expected.items()])
+
+    lit = Lit()
+    trainer = make_trainer(callback(reestimate_bn=2), Spy("on_validation_start", look), epochs=2)
+    trainer.fit(lit, loader(False), loader(False))
+    assert len(found) == 2
+    assert max(value for values in found for value in values) < 1e-6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_estimating_anew_draws_no_random_numbers(workers):
+    orders = []
+    for callbacks in ([], [callback(reestimate_bn=2)]):
+        lit = Lit()
+        make_trainer(*callbacks, epochs=3).fit(lit, loader(num_workers=workers))
+        orders.append(lit.seen)
+    assert orders[0] == orders[1]
+
+
+# Export
+
+
+def test_fit_ends_with_a_file_that_computes_the_same(tmp_path):
+    lit = Lit()
+    lit.example_input_array = IMAGES[:1]
+    fit(lit, callback(export=tmp_path / "m.onnx"))
+    assert is_prepared(lit.model)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    with torch.no_grad():
+        # A code that another order of sums moves is worth 1e-3 here.
+        np.testing.assert_allclose(found, lit.model.eval()(IMAGES).numpy(), atol=2e-3)
+
+
+def test_export_with_arguments(tmp_path):
+    fit(Lit(), callback(export={"path": tmp_path / "m.onnx", "opset": 17, "example_inputs": IMAGES[:1]}))
+    assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == 17
+
+
+def test_export_without_inputs_is_refused_before_training():
+    lit = Lit()
+    with pytest.raises(qat.QATError, match="export: set example_input_array"):
+        fit(lit, callback(export="m.onnx"))
+    assert lit.seen == []
+
+
+def test_a_full_disk_leaves_no_file_and_the_trained_model(tmp_path, monkeypatch):
+    lit = Lit()
+    lit.example_input_array = IMAGES[:1]
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx, "save_model", full)
+    with pytest.raises(qat.QATError, match=r"m\.onnx: cannot be written: No space left on device"):
+        fit(lit, callback(export=tmp_path / "m.onnx"))
+    assert list(tmp_path.iterdir()) == []
+    assert all(site.has_range for _, site in quantizers(lit))
 
 
 # Ranges

@@ -121,7 +121,10 @@ def export_onnx(
                 proto, graph_feeds(proto, args, kwargs, "example_inputs"), scratch, precision, half_io, half_scales, fp32_nodes
             )
         _raise_on_findings(check_onnx(proto))
-        _save(proto, scratch / target.name, external_data)
+        try:
+            _save(proto, scratch / target.name, external_data)
+        except OSError as error:
+            raise QATError(f"{target}: cannot be written: {error.strerror or error}") from error
         onnx.checker.check_model(str(scratch / target.name), full_check=True)
         # The weights first: the file that refers to them must never be there without them.
         for name in (f"{target.name}.data", target.name):
