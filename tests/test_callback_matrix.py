@@ -1,0 +1,236 @@
+"""QATCallback together with what else a Trainer does: fit, resume, test and load, for each feature.
+
+``python tests/test_callback_matrix.py`` runs them and prints the table of docs/lightning.md.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import callbacks as C
+from test_callback import IMAGES, Lit, callback, loader, make_net, make_trainer
+from torch import nn
+
+import qat
+from qat.quantizer import State, quantizers
+
+EPOCHS = 3
+
+
+class Late(Lit):
+    """Its model is made in configure_model."""
+
+    def __init__(self):
+        super().__init__(nn.Identity())
+
+    def configure_model(self):
+        if isinstance(self.model, nn.Identity):
+            torch.manual_seed(0)
+            self.model = make_net()
+
+
+class Several(Lit):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.second = make_net()
+
+    def forward(self, x):
+        return self.model(x) + self.second(x)
+
+
+class Compiled(Lit):
+    """Calls its model through torch.compile, which shares parameters and sites with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = [torch.compile(self.model, backend="aot_eager")]
+
+    def forward(self, x):
+        return self.calls[0](x)
+
+
+class Keywords(Lit):
+    """Its forward takes several arguments."""
+
+    def forward(self, x, *, gain):
+        return self.model(x) * gain
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[1].tolist())
+        return nn.functional.cross_entropy(self(batch[0], gain=2.0), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", nn.functional.cross_entropy(self(batch[0], gain=2.0), batch[1]))
+
+    test_step = validation_step
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What is added to a Trainer with a QATCallback."""
+
+    module: type = Lit
+    callbacks: Any = tuple
+    trainer: dict[str, Any] = field(default_factory=dict)
+    callback: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, module, epochs, ckpt_path=None):
+        trainer = make_trainer(callback(**self.callback), *self.callbacks(), epochs=epochs, **self.trainer)
+        trainer.fit(module, loader(False), loader(False), ckpt_path=ckpt_path)
+        return trainer
+
+
+FEATURES = {
+    "nothing else": Feature(),
+    "learned scales": Feature(callback={"learn_scales": True}),
+    "frozen ranges": Feature(callback={"freeze_ranges_epoch": 1}),
+    "re-estimated batch norm": Feature(callback={"reestimate_bn": 2}),
+    "distillation": Feature(callback={"distill_from": "float"}),
+    "EMAWeightAveraging": Feature(callbacks=lambda: [C.EMAWeightAveraging(decay=0.5)]),
+    "StochasticWeightAveraging": Feature(
+        callbacks=lambda: [C.StochasticWeightAveraging(0.01, swa_epoch_start=1)], callback={"freeze_bn_epoch": None}
+    ),
+    "EarlyStopping": Feature(callbacks=lambda: [C.EarlyStopping("val", patience=5)]),
+    "Timer": Feature(callbacks=lambda: [C.Timer()]),
+    "accumulate_grad_batches": Feature(trainer={"accumulate_grad_batches": 2}),
+    "gradient clipping by norm": Feature(trainer={"gradient_clip_val": 0.1}),
+    "gradient clipping by value": Feature(trainer={"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "16-mixed": Feature(trainer={"precision": "16-mixed"}),
+    "bf16-mixed": Feature(trainer={"precision": "bf16-mixed"}),
+    "bf16-true": Feature(trainer={"precision": "bf16-true"}),
+    "overfit_batches": Feature(trainer={"overfit_batches": 2}),
+    "no validation before training": Feature(trainer={"num_sanity_val_steps": 0}),
+    "validation twice an epoch": Feature(trainer={"val_check_interval": 0.5}),
+    "configure_model": Feature(module=Late),
+    "several sub-models": Feature(module=Several),
+    "torch.compile": Feature(module=Compiled),
+    "forward with keywords": Feature(module=Keywords, callback={"forward": lambda module, batch: module(batch[0], gain=2.0)}),
+}
+
+
+@pytest.fixture(scope="module", params=FEATURES)
+def case(request, tmp_path_factory):
+    """The feature, a run without interruption, and checkpoints of its first epoch and its end."""
+    feature = FEATURES[request.param]
+    folder = tmp_path_factory.mktemp("matrix")
+    straight = feature.module()
+    keep = C.ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    trainer = Feature(
+        feature.module,
+        lambda: [*feature.callbacks(), keep],
+        {**feature.trainer, "enable_checkpointing": True},
+        feature.callback,
+    ).run(straight, EPOCHS)
+    trainer.save_checkpoint(folder / "end.ckpt")
+    return feature, straight, folder
+
+
+def outputs(module):
+    with torch.no_grad():
+        return copy.deepcopy(module.model).float().eval()(IMAGES)
+
+
+def test_fit(case):
+    _, straight, _ = case
+    sites = list(quantizers(straight))
+    assert sites
+    assert {site.state for _, site in sites} == {State.QUANTIZING}
+    assert {site.amax.dtype for _, site in sites} == {torch.float32}
+    assert all(p.isfinite().all() for p in straight.parameters())
+    fresh = type(straight)()
+    if isinstance(fresh, Late):
+        fresh.configure_model()
+    moved = [n for n, p in fresh.named_parameters() if not torch.equal(p, dict(straight.named_parameters())[n].float())]
+    assert moved, "nothing was trained"
+
+
+def test_resume(case):
+    feature, straight, folder = case
+    resumed = feature.module()
+    feature.run(resumed, EPOCHS, folder / "epoch=0.ckpt")
+    expected, found = straight.state_dict(), resumed.state_dict()
+    assert expected.keys() == found.keys()
+    assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
+
+
+def test_test(case):
+    feature, straight, folder = case
+    fresh = feature.module()
+    trainer = make_trainer(callback(**feature.callback), **feature.trainer)
+    trainer.test(fresh, loader(False), ckpt_path=folder / "end.ckpt", verbose=False)
+    assert torch.equal(outputs(fresh), outputs(straight))
+
+
+def test_load(case):
+    feature, straight, folder = case
+    loaded = qat.load_from_checkpoint(feature.module, folder / "end.ckpt")
+    if "precision" in feature.trainer and feature.trainer["precision"] == "bf16-true":
+        loaded = loaded.bfloat16()
+    assert torch.equal(outputs(loaded), outputs(straight))
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"fast_dev_run": 2}, {"max_steps": 3}])
+def test_short_runs(options):
+    lit = Lit()
+    make_trainer(callback(), **options).fit(lit, loader(), loader(False))
+    assert all(site.has_range for _, site in quantizers(lit))
+
+
+class Found(Lit):
+    """With what the finders of learning rate and batch size look for."""
+
+    def __init__(self):
+        super().__init__()
+        self.learning_rate, self.batch_size = 0.01, 4
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(loader().dataset, self.batch_size)
+
+    val_dataloader = train_dataloader
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.learning_rate)
+
+
+FINDERS = {
+    "LearningRateFinder": lambda: C.LearningRateFinder(num_training_steps=8),
+    "BatchSizeFinder": lambda: C.BatchSizeFinder(max_trials=2),
+}
+
+
+@pytest.mark.parametrize("finder", FINDERS.values(), ids=FINDERS)
+def test_finders(finder, tmp_path):
+    lit = Found()
+    trainer = make_trainer(callback(), finder(), default_root_dir=tmp_path, epochs=1)
+    trainer.fit(lit)
+    assert {site.state for _, site in quantizers(lit)} == {State.QUANTIZING}
+
+
+COLUMNS = ("fit", "resume", "test", "load")
+
+
+class Outcomes:
+    """Collects what became of each test of the matrix."""
+
+    def __init__(self):
+        self.found = {}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or report.failed:
+            self.found[report.nodeid.split("::")[1]] = report.outcome
+
+    def table(self):
+        rows = [f"| with | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+        for name in FEATURES:
+            outcomes = [self.found.get(f"test_{column}[{name}]", "not run") for column in COLUMNS]
+            rows.append(f"| {name} | {' | '.join(outcomes)} |")
+        return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    outcomes = Outcomes()
+    pytest.main(["-q", __file__], plugins=[outcomes])
+    print(outcomes.table())
