@@ -22,7 +22,9 @@ _PUBLIC = {
     "prepare": "preparation",
     "restore": "preparation",
 }
-_MODULES = frozenset(_PUBLIC.values()) | {"bench", "inputs", "nn", "quantizer", "tensorrt", "verify"}
+_MODULES = frozenset(_PUBLIC.values()) | {
+    *("batchnorm", "bench", "distillation", "inputs", "nn", "quantizer", "ranges", "tensorrt", "verify")
+}
 __all__ = ["__version__", *_PUBLIC, "bench", "nn", "tensorrt", "verify"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
