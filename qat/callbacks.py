@@ -34,7 +34,7 @@ from .nn.layers import QUANTIZABLE
 from .nonfinite import first_non_finite
 from .preparation import Report, prepare, prepared_report, restore
 from .quantizer import WeightQuantizer, is_prepared, quantizers
-from .ranges import freeze_ranges, ranges_are_frozen, separate_ranges
+from .ranges import clip_rates, freeze_ranges, range_drift, ranges_are_frozen, recorded_ranges, separate_ranges
 
 CHECKPOINT_KEY = "qat"
 DEFAULT_BATCHES = 32
@@ -78,6 +78,8 @@ class QATCallback(Callback):
             build the same model again.
         distill_weight: What the distance to the teacher is multiplied by before it is added to the loss.
         distill_loss: ``distill_loss(student_output, teacher_output)``. By default the divergence of class probabilities.
+        log_ranges: What to log at the end of each epoch, by the last batch: the ``"summary"`` (largest and mean clip rate,
+            largest change of a range since ``fit`` began), all ``"sites"``, or ``None``.
         range_lr_factor: Learning rate of learned ranges, relative to that of the parameter group they would be in. They get
             groups of their own, without weight decay.
 
@@ -102,8 +104,13 @@ class QATCallback(Callback):
         distill_from: nn.Module | Literal["float"] | None = None,
         distill_weight: float = 1.0,
         distill_loss: Callable[[Any, Any], Tensor] | None = None,
+        log_ranges: Literal["summary", "sites"] | None = "summary",
         range_lr_factor: float = 1.0,
     ) -> None:
+        if log_ranges not in ("summary", "sites", None):
+            raise QATError(f"log_ranges={log_ranges!r}: choose 'summary', 'sites' or None")
+        self.log_ranges = log_ranges
+        self._ranges: dict[str, Tensor] = {}
         for name, epoch in (("freeze_bn_epoch", freeze_bn_epoch), ("freeze_ranges_epoch", freeze_ranges_epoch)):
             if epoch is not None and epoch < 0:
                 raise QATError(f"{name}={epoch}: must be an epoch from 0, or None never to freeze")
@@ -258,6 +265,7 @@ class QATCallback(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freeze what is due when training starts or resumes in the middle of an epoch."""
+        self._ranges = {} if self.log_ranges is None else recorded_ranges(pl_module)
         self._freeze(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -307,6 +315,20 @@ class QATCallback(Callback):
         if self.reestimate_bn is not None and trainer.is_last_batch:
             reestimate_batch_norm(pl_module, lambda module: self._show(trainer, pl_module, self.reestimate_bn))
         self._last_step = (outputs["loss"] if isinstance(outputs, Mapping) else outputs, batch)
+        if self.log_ranges is not None and trainer.is_last_batch:
+            self._log_ranges(trainer, pl_module, batch)
+
+    def _log_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        with evaluating(pl_module):
+            rates = clip_rates(pl_module, lambda module: self._run(trainer, pl_module, batch))
+        found = {"clip_rate": rates, "range_drift": range_drift(pl_module, self._ranges)}
+        values = {f"qat/{kind}/max": max(of.values()) for kind, of in found.items() if of}
+        if rates:
+            values["qat/clip_rate/mean"] = sum(rates.values()) / len(rates)
+        if self.log_ranges == "sites":
+            values |= {f"qat/{kind}/{path}": value for kind, of in found.items() for path, value in of.items()}
+        # Each process has its own last batch.
+        pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the last loss before a checkpoint of it can be kept as the best."""
@@ -467,6 +489,18 @@ def run_module(pl_module: pl.LightningModule, batch: Any) -> None:
         name = type(pl_module).__name__
         raise QATError(f"{name} has no forward and {len(models)} prepared sub-models: pass QATCallback(forward=...)")
     run_batch(models[0], batch, None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; on leaving, each module has the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager

@@ -1,16 +1,16 @@
-"""Ranges during quantization-aware training: when they stop moving, and how the optimizer treats those that it trains."""
+"""Ranges during quantization-aware training: when they stop moving, how the optimizer treats them, and what they clip."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .nn.attention import QuantAttention
 from .nn.layers import InterceptedLayer, QuantLayer
-from .quantizer import WeightQuantizer, quantizers
+from .quantizer import Quantizer, State, WeightQuantizer, quantizers
 
 # What learning-rate schedulers of torch keep for each parameter group.
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
@@ -126,3 +126,69 @@ def _extend(scheduler: Any, position: int, *, new: bool, lr_factor: float) -> No
             values.append(value)
         else:
             values[position] = value
+
+
+def clip_rates(model: nn.Module, run: Callable[[Any], Any]) -> dict[str, float]:
+    """How much of what reaches each site lies beyond its range.
+
+    Args:
+        model: A prepared and calibrated model.
+        run: Called with ``model``; shows it batches, without gradients.
+
+    Returns:
+        For every quantizing site that ``run`` reaches, by its path, the fraction of elements whose code is clipped. A code is
+        not clipped as long as it rounds into the format's range, which lies half a step beyond ``amax``.
+    """
+    counts: dict[str, list[Tensor]] = {}
+
+    def count(path: str, site: Quantizer, x: Tensor) -> None:
+        ratio = x.float() / _broadcast(site.range_scale(x), x, site.axis)
+        beyond = ((ratio > site.fmt.qmax + 0.5) | (ratio < site.fmt.qmin - 0.5)).sum()
+        # Read at the end, so that a GPU is waited for once.
+        counts.setdefault(path, []).append(torch.stack([beyond, beyond.new_tensor(x.numel())]))
+
+    handles = [
+        site.register_forward_pre_hook(lambda s, args, path=path: count(path, s, args[0].detach()))
+        for path, site in quantizers(model)
+        if site.state is State.QUANTIZING
+    ]
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not counts:
+        return {}
+    totals = torch.stack([torch.stack(found).sum(0) for found in counts.values()]).tolist()
+    return {path: beyond / max(total, 1) for path, (beyond, total) in zip(counts, totals, strict=True)}
+
+
+def range_drift(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, float]:
+    """How far each range has moved, relative to what it was: the largest change of a channel.
+
+    Args:
+        model: A prepared model.
+        before: What :func:`recorded_ranges` gave earlier.
+
+    Returns:
+        By the path of the site; sites that had no range are left out.
+    """
+    now = recorded_ranges(model)
+    paths = [path for path, old in before.items() if path in now and bool((old > 0).all())]
+    if not paths:
+        return {}
+    moved = torch.stack([(now[path] / before[path] - 1).abs().max() for path in paths]).tolist()
+    return dict(zip(paths, moved, strict=True))
+
+
+def recorded_ranges(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every site's present range by its path, those that follow the weights brought up to date."""
+    for module in model.modules():
+        if isinstance(module, QuantLayer | QuantAttention):
+            module.refresh_weight_ranges()
+    return {path: site.amax.detach().clone() for path, site in quantizers(model)}
+
+
+def _broadcast(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    return scale if axis is None else scale.reshape([-1 if d == axis % x.ndim else 1 for d in range(x.ndim)])

@@ -2,6 +2,7 @@
 
 import copy
 from itertools import pairwise
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -243,6 +244,7 @@ def test_nothing_is_left_half_prepared_after_an_error():
         ({"freeze_ranges_epoch": -2}, "freeze_ranges_epoch=-2"),
         ({"range_lr_factor": 0.0}, "range_lr_factor=0.0"),
         ({"reestimate_bn": 0}, "reestimate_bn=0"),
+        ({"log_ranges": "all"}, "log_ranges='all'"),
         ({"export": {"file": "m.onnx"}}, "export: unknown key 'file'"),
         ({"export": {"opset": 19}}, "export: a mapping needs 'path'"),
         ({"calibration": {"batch": 3}}, "calibration: unknown key 'batch'"),
@@ -540,6 +542,32 @@ def test_learned_ranges_have_no_weight_decay():
     assert found == [[(0.5, 0.01), (0.0, 0.1)], [(0.5, 0.005), (0.0, 0.05)], [(0.5, 0.0025), (0.0, 0.025)]]
 
 
+@pytest.mark.parametrize("what", ["summary", "sites", None])
+def test_logs_of_ranges(what):
+    lit = Lit()
+    trainer = fit(lit, callback(log_ranges=what), epochs=2)
+    found = {name for name in trainer.callback_metrics if name.startswith("qat/")}
+    summary = {"qat/clip_rate/max", "qat/clip_rate/mean", "qat/range_drift/max"}
+    paths = {path for path, _ in quantizers(lit)}
+    sites = {f"qat/{kind}/{path}" for kind in ("clip_rate", "range_drift") for path in paths}
+    assert found == {"summary": summary, "sites": summary | sites, None: set()}[what]
+    if what == "sites":
+        values = [float(trainer.callback_metrics[f"qat/clip_rate/{path}"]) for path in paths]
+        assert float(trainer.callback_metrics["qat/clip_rate/max"]) == pytest.approx(max(values))
+        # Weights have moved, activations' ranges have not.
+        drift = {path: float(trainer.callback_metrics[f"qat/range_drift/{path}"]) for path in paths}
+        assert all((value > 0) is path.endswith("weight_quantizer") for path, value in drift.items())
+
+
+def test_logging_changes_no_weight():
+    models = []
+    for what in ("sites", None):
+        lit = Lit()
+        fit(lit, callback(log_ranges=what), epochs=2)
+        models.append(lit.state_dict())
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
 def test_learned_ranges_that_no_optimizer_has_are_named():
     class Head(Lit):
         def configure_optimizers(self):
@@ -706,7 +734,8 @@ def test_loss_function_is_suspected_when_all_sites_are_finite():
 
 def test_training_steps_do_not_read_the_loss():
     # Reading a tensor on the meta device raises, as an unwanted synchronisation would only cost time.
-    callback().on_train_batch_end(None, None, {"loss": torch.ones((), device="meta")}, None, 0)
+    within = SimpleNamespace(is_last_batch=False)
+    callback().on_train_batch_end(within, None, {"loss": torch.ones((), device="meta")}, None, 0)
 
 
 def test_first_non_finite_is_none_for_finite_values():

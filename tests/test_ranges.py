@@ -7,7 +7,7 @@ from torch.optim import lr_scheduler as S
 
 import qat
 from qat.quantizer import WeightQuantizer, quantizers
-from qat.ranges import freeze_ranges, learned_ranges, separate_ranges
+from qat.ranges import clip_rates, freeze_ranges, learned_ranges, range_drift, recorded_ranges, separate_ranges
 
 
 def prepared(**settings):
@@ -153,3 +153,31 @@ def test_a_model_without_learned_ranges_is_left_alone():
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.5)
     assert separate_ranges(model, [optimizer]) == []
     assert len(optimizer.param_groups) == 1
+
+
+def test_clip_rates_are_fractions_beyond_the_range():
+    model = prepared()
+    site = model.body.conv1.input_quantizer
+    site.set_range(torch.tensor(1.0))
+    seen = []
+    handle = site.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    rates = clip_rates(model, lambda m: [m(images(1)), m(images(2))])
+    handle.remove()
+    values = torch.cat([x.flatten() for x in seen]).double() * 127
+    expected = ((values > 127.5) | (values < -128.5)).double().mean().item()
+    path = next(path for path, found in quantizers(model) if found is site)
+    assert 0 < expected < 1
+    assert rates[path] == pytest.approx(expected, abs=1e-9)
+    assert all(rates[name] == 0 for name, found in quantizers(model) if isinstance(found, WeightQuantizer))
+    assert not site._forward_pre_hooks
+
+
+def test_drift_is_the_largest_relative_change_of_a_channel():
+    model = prepared()
+    before = recorded_ranges(model)
+    assert set(range_drift(model, before).values()) == {0.0}
+    with torch.no_grad():
+        model.stem.weight[2] *= 1.5
+    drift = range_drift(model, before)
+    assert drift.pop("stem.weight_quantizer") == pytest.approx(0.5, rel=1e-5)
+    assert set(drift.values()) == {0.0}
