@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .modes import evaluating
+
 
 def freeze_batch_norm(model: nn.Module) -> list[str]:
     """Stop the running statistics of every batch-norm layer, in place; its weight and bias still train.
@@ -54,17 +56,15 @@ def reestimate_batch_norm(model: nn.Module, run: Callable[[Any], Any]) -> list[s
         (3.0, 8.0)
     """
     norms = {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
-    modes = {module: module.training for module in model.modules()}
     before = {norm: [buffer.clone() for buffer in norm.buffers()] for norm in norms.values()}
     momenta = {norm: norm.momentum for norm in norms.values()}
     done = False
     try:
-        model.eval()
-        for norm in norms.values():
-            norm.reset_running_stats()
-            norm.momentum = None  # the average of all batches
-            norm.train()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # the average of all batches
+                norm.train()
             run(model)
             for norm in norms.values():
                 _average_over_processes(norm)
@@ -76,8 +76,6 @@ def reestimate_batch_norm(model: nn.Module, run: Callable[[Any], Any]) -> list[s
             if path not in reached:
                 for buffer, value in zip(norm.buffers(), before[norm], strict=True):
                     buffer.copy_(value)
-        for module, training in modes.items():
-            module.training = training
     return reached
 
 

@@ -29,6 +29,7 @@ from .config import QuantConfig, Rule
 from .distillation import Distillation, float_copy
 from .errors import QATError
 from .export import export_onnx
+from .modes import evaluating, uncompiled
 from .nn.attention import QuantAttention
 from .nn.layers import QUANTIZABLE
 from .nonfinite import first_non_finite
@@ -254,7 +255,7 @@ class QATCallback(Callback):
     def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int | None, data: Any = None) -> None:
         """Run the module on the first batches of the training data, or other data, which draw no random numbers by that."""
         data = trainer.train_dataloader if data is None else data
-        with isolate_rng(), keep_generators(data):
+        with isolate_rng(), keep_generators(data), uncompiled():
             for batch, *_ in itertools.islice(iter(CombinedLoader(data, "min_size")), batches):
                 self._run(trainer, pl_module, batch)
 
@@ -319,7 +320,7 @@ class QATCallback(Callback):
             self._log_ranges(trainer, pl_module, batch)
 
     def _log_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        with evaluating(pl_module):
+        with evaluating(pl_module), uncompiled():
             rates = clip_rates(pl_module, lambda module: self._run(trainer, pl_module, batch))
         found = {"clip_rate": rates, "range_drift": range_drift(pl_module, self._ranges)}
         values = {f"qat/{kind}/max": max(of.values()) for kind, of in found.items() if of}
@@ -489,18 +490,6 @@ def run_module(pl_module: pl.LightningModule, batch: Any) -> None:
         name = type(pl_module).__name__
         raise QATError(f"{name} has no forward and {len(models)} prepared sub-models: pass QATCallback(forward=...)")
     run_batch(models[0], batch, None)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; on leaving, each module has the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

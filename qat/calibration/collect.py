@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import operator
 import random
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ..errors import QATError
+from ..modes import evaluating, uncompiled
 from ..quantizer import Quantizer, State, WeightQuantizer, quantizers
 from .batches import run_batch
 from .methods import check_method
@@ -89,7 +89,7 @@ def calibrate(
         activations, weights = _attach_observers(sites)
         failed = True
         try:
-            with _evaluating(model), _isolated_random(model), torch.no_grad(), _eager():
+            with evaluating(model), _isolated_random(model), torch.no_grad(), uncompiled():
                 _run(model, data, batches, progress and rank() == 0)
             failed = False
         finally:
@@ -191,19 +191,6 @@ def _unchanged_on_failure(sites: Mapping[str, Quantizer]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, flag by flag: a module's own ``train`` may do more than set it, and could not be undone."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-@contextmanager
 def _isolated_random(model: nn.Module) -> Iterator[None]:
     """Loaders shuffle and augment: leave the random streams where they were."""
     devices = {tensor.device for tensor in chain(model.parameters(), model.buffers()) if tensor.device.type != "cpu"}
@@ -216,8 +203,3 @@ def _isolated_random(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """A compiled model would compile anew for collecting. Nothing is compiled before the compiler has been imported."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
