@@ -49,9 +49,10 @@ def load_from_checkpoint(
         QATError: If the file is no checkpoint or damaged, if ``config`` is not the one in the checkpoint, or if the weights
             do not fit the module.
 
-    Example:
-        >>> module = load_from_checkpoint(LitModel, "best.ckpt")  # doctest: +SKIP
-        >>> qat.export_onnx(module.model, "model.onnx", images)  # doctest: +SKIP
+    Example::
+
+        module = qat.load_from_checkpoint(LitModel, "best.ckpt")
+        qat.export_onnx(module.model, "model.onnx", images)
     """
     checkpoint = _read(path)
     state = checkpoint["state_dict"]
