@@ -43,7 +43,7 @@ setup(
         "rtx": RTX,
         "tensorrt": ["tensorrt"],
         "bench": ["nvidia-modelopt==0.47.0", "brevitas", "torchao", "dependencies", "requests"],
-        "test": [*RECIPES, *RTX, "pytest", "hypothesis", "timm", "ruff", "mypy"],
+        "test": [*RECIPES, *RTX, "pytest", "pytest-xdist", "hypothesis", "timm", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["qat = qat.cli:main"]},
     classifiers=[
