@@ -1,13 +1,12 @@
 """Where a NaN or an infinity enters a prepared model."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .quantizer import Quantizer, WeightQuantizer, quantizers
+from .quantizer import Quantizer, WeightQuantizer, watching
 
 
 def first_non_finite(model: nn.Module, run: Callable[[nn.Module], Any]) -> str | None:
@@ -32,16 +31,11 @@ def first_non_finite(model: nn.Module, run: Callable[[nn.Module], Any]) -> str |
     """
     seen: list[str] = []
 
-    def look(name: str, site: Quantizer, args: tuple[Any, ...]) -> None:
-        if not seen and not bool(args[0].isfinite().all()):
-            kind = "NaN" if bool(args[0].isnan().any()) else "infinity"
+    def look(name: str, site: Quantizer, x: Tensor) -> None:
+        if not seen and not bool(x.isfinite().all()):
+            kind = "NaN" if bool(x.isnan().any()) else "infinity"
             seen.append(f"{name} ({kind} in its {'weight' if isinstance(site, WeightQuantizer) else 'input'})")
 
-    handles = [site.register_forward_pre_hook(partial(look, name)) for name, site in quantizers(model)]
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(model, look), torch.no_grad():
+        run(model)
     return seen[0] if seen else None

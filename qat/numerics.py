@@ -65,7 +65,7 @@ def amax_to_scale(amax: Tensor, fmt: Format = INT8) -> Tensor:
     return (wide / torch.full_like(wide, fmt.qmax)).clamp(min=SCALE_MIN)
 
 
-def _view(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
+def broadcast_scale(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
     """``scale`` in the shape that broadcasts along ``axis`` of ``x``."""
     if axis is None:
         return scale.reshape(())  # one element in another shape must not add dimensions to x
@@ -90,7 +90,7 @@ def quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: Format =
         >>> quantize(torch.tensor([0.25, 0.75, -99.0]), torch.tensor(0.5))
         tensor([   0.,    2., -128.])
     """
-    wide, step = x.to(torch.float32), _view(scale, x, axis)
+    wide, step = x.to(torch.float32), broadcast_scale(scale, x, axis)
     # Divide, do not multiply by 1 / scale: ONNX divides, and the two differ at ties.
     ratio = wide / step
     # Compiled code fuses these anyway, and torch 2.11 compiles a function with in-place steps to one without gradients.
@@ -152,7 +152,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, axis: int | None, fmt: Format, factor: float) -> Tensor:
-        code, step = quantize(x, scale, axis=axis, fmt=fmt), _view(scale, x, axis)
+        code, step = quantize(x, scale, axis=axis, fmt=fmt), broadcast_scale(scale, x, axis)
         value = code * step if torch.compiler.is_compiling() else code.mul_(step)
         # Not ``to`` where it would return the tensor itself: torch 2.11 loses the gradient of such a result, too.
         return value if x.dtype == torch.float32 else value.to(x.dtype)
@@ -165,7 +165,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, scale = ctx.saved_tensors
-        wide, step = x.to(torch.float32), _view(scale, x, ctx.axis)
+        wide, step = x.to(torch.float32), broadcast_scale(scale, x, ctx.axis)
         ratio = wide / step
         clipped = _clipped_compiled if torch.compiler.is_compiling() else _clipped_eager
         grad_x = grad_scale = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -238,6 +240,21 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     for name, module in model.named_modules():
         if isinstance(module, Quantizer):
             yield name, module
+
+
+@contextmanager
+def watching(model: nn.Module, look: Callable[[str, Quantizer, Tensor], None]) -> Iterator[None]:
+    """While this lasts, ``look(path, site, x)`` is called for every tensor that reaches a site, before the site acts."""
+
+    def hook(path: str, site: Quantizer, args: tuple[Any, ...]) -> None:
+        look(path, site, args[0].detach())
+
+    handles = [site.register_forward_pre_hook(partial(hook, path)) for path, site in quantizers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def is_prepared(model: nn.Module) -> bool:

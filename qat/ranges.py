@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .nn.attention import QuantAttention
 from .nn.layers import InterceptedLayer, QuantLayer
-from .quantizer import Quantizer, State, WeightQuantizer, quantizers
+from .numerics import broadcast_scale
+from .quantizer import Quantizer, State, WeightQuantizer, quantizers, watching
 
 # What learning-rate schedulers of torch keep for each parameter group.
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
@@ -142,22 +143,14 @@ def clip_rates(model: nn.Module, run: Callable[[Any], Any]) -> dict[str, float]:
     counts: dict[str, list[Tensor]] = {}
 
     def count(path: str, site: Quantizer, x: Tensor) -> None:
-        ratio = x.float() / _broadcast(site.range_scale(x), x, site.axis)
-        beyond = ((ratio > site.fmt.qmax + 0.5) | (ratio < site.fmt.qmin - 0.5)).sum()
-        # Read at the end, so that a GPU is waited for once.
-        counts.setdefault(path, []).append(torch.stack([beyond, beyond.new_tensor(x.numel())]))
+        if site.state is State.QUANTIZING:
+            code = (x.float() / broadcast_scale(site.range_scale(x), x, site.axis)).round()
+            beyond = ((code > site.fmt.qmax) | (code < site.fmt.qmin)).sum()
+            # Read at the end, so that a GPU is waited for once.
+            counts.setdefault(path, []).append(torch.stack([beyond, beyond.new_tensor(x.numel())]))
 
-    handles = [
-        site.register_forward_pre_hook(lambda s, args, path=path: count(path, s, args[0].detach()))
-        for path, site in quantizers(model)
-        if site.state is State.QUANTIZING
-    ]
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(model, count), torch.no_grad():
+        run(model)
     if not counts:
         return {}
     totals = torch.stack([torch.stack(found).sum(0) for found in counts.values()]).tolist()
@@ -188,7 +181,3 @@ def recorded_ranges(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, QuantLayer | QuantAttention):
             module.refresh_weight_ranges()
     return {path: site.amax.detach().clone() for path, site in quantizers(model)}
-
-
-def _broadcast(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
-    return scale if axis is None else scale.reshape([-1 if d == axis % x.ndim else 1 for d in range(x.ndim)])
