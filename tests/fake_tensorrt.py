@@ -32,6 +32,12 @@ _BUILDER_FLAGS = {
     10: {"FP16": 0, "INT8": 1, "REFIT": 4, "TF32": 6, "OBEY_PRECISION_CONSTRAINTS": 9, "VERSION_COMPATIBLE": 13, "BF16": 16},
     11: {"REFIT": 4, "TF32": 6, "VERSION_COMPATIBLE": 12},
 }
+_BUILDER_FLAGS[8]["PREFER_PRECISION_CONSTRAINTS"] = 11
+_BUILDER_FLAGS[10]["PREFER_PRECISION_CONSTRAINTS"] = 10
+# Types of layers by ONNX operator, as 8.6.1 parsed exported models.
+_LAYERS = {"Conv": "CONVOLUTION", "QuantizeLinear": "QUANTIZE", "DequantizeLinear": "DEQUANTIZE", "Constant": "CONSTANT"}
+_LAYERS |= {"MatMul": "MATRIX_MULTIPLY", "Softmax": "SOFTMAX", "Reshape": "SHUFFLE", "Transpose": "SHUFFLE", "Slice": "SLICE"}
+_LAYERS |= {"Split": "SLICE", "Gather": "GATHER"}
 _NETWORK_FLAGS = {8: {"EXPLICIT_BATCH": 0}, 10: {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, 11: {"STRONGLY_TYPED": 0}}
 _TACTICS = {
     8: {"CUBLAS": 0, "CUBLAS_LT": 1, "CUDNN": 2, "EDGE_MASK_CONVOLUTIONS": 3, "JIT_CONVOLUTIONS": 4},
@@ -85,7 +91,8 @@ def _add_enumerations(trt: Any) -> None:
     trt.HardwareCompatibilityLevel = enum.Enum("HardwareCompatibilityLevel", levels)
     trt.ProfilingVerbosity = enum.Enum("ProfilingVerbosity", ("LAYER_NAMES_ONLY", "NONE", "DETAILED"))
     trt.MemoryPoolType = enum.Enum("MemoryPoolType", ("WORKSPACE", "DLA_MANAGED_SRAM"))
-    trt.LayerType = enum.Enum("LayerType", ("CONVOLUTION", "QUANTIZE", "DEQUANTIZE", "ELEMENTWISE"))
+    trt.LayerType = enum.Enum("LayerType", (*dict.fromkeys(_LAYERS.values()), "ELEMENTWISE"))
+    trt.ElementWiseOperation = enum.Enum("ElementWiseOperation", ("SUM", "PROD", "DIV"))
     trt.TensorIOMode = enum.Enum("TensorIOMode", ("NONE", "INPUT", "OUTPUT"))
     trt.LayerInformationFormat = enum.Enum("LayerInformationFormat", ("ONELINE", "JSON"))
     names = ["FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "FP8", *(["BF16", "INT64", "INT4"] if trt.major > 8 else [])]
@@ -100,6 +107,7 @@ def _add_classes(trt: Any) -> None:
     for i, name in enumerate(("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")):
         setattr(ILogger, name, f"severity {i}")
     trt.ILogger = ILogger
+    trt.IElementWiseLayer = ElementWise
     trt.IProfiler = type("IProfiler", (), {"__init__": lambda self: None})
     trt.Builder = lambda logger: Builder(trt, logger)
     trt.OnnxParser = lambda network, logger: Parser(trt, network, logger)
@@ -227,18 +235,21 @@ class Tensor(Strict):
 
 
 class Layer(Strict):
-    def __init__(self, trt: Any, node: onnx.NodeProto, tensors: list[Tensor]) -> None:
+    def __init__(self, trt: Any, node: onnx.NodeProto, tensors: list[Tensor], inputs: list[Tensor] | None = None) -> None:
         # 11 has neither precision nor set_output_type.
         self._names = ("precision",) if trt.major < 11 else ()
-        self._trt, self._node, self._tensors, self._types = trt, node, tensors, {}
+        self._trt, self._node, self._tensors, self._inputs, self._types = trt, node, tensors, inputs or [], {}
 
     name = property(lambda self: self._node.name)
+    num_inputs = property(lambda self: len(self._inputs))
     num_outputs = property(lambda self: len(self._tensors))
 
     @property
     def type(self) -> Any:
-        kinds = {"QuantizeLinear": "QUANTIZE", "DequantizeLinear": "DEQUANTIZE", "Conv": "CONVOLUTION"}
-        return self._trt.LayerType[kinds.get(self._node.op_type, "ELEMENTWISE")]
+        return self._trt.LayerType[_LAYERS.get(self._node.op_type, "ELEMENTWISE")]
+
+    def get_input(self, i: int) -> Tensor:
+        return self._inputs[i]
 
     def get_output(self, i: int) -> Tensor:
         return self._tensors[i]
@@ -246,6 +257,14 @@ class Layer(Strict):
     def set_output_type(self, i: int, dtype: Any) -> None:
         assert self._trt.major < 11
         self._types[i] = dtype
+
+
+class ElementWise(Layer):
+    """What ``get_layer`` hands out is a plain layer; it becomes one of these by assigning its class."""
+
+    @property
+    def op(self) -> Any:
+        return self._trt.ElementWiseOperation[{"Mul": "PROD", "Div": "DIV"}.get(self._node.op_type, "SUM")]
 
 
 class Network:
@@ -283,7 +302,22 @@ class Network:
         known = {value.name: self._tensor(value) for value in (*graph.input, *graph.value_info, *graph.output)}
         self.entries = [known[value.name] for value in graph.input]
         self.marked = [known[value.name] for value in graph.output]
-        self.layers = [Layer(self.trt, node, [known[name] for name in node.output]) for node in graph.node]
+        constants = {}
+        for weight in graph.initializer:
+            kind = _NAMES[weight.data_type]
+            kind = kind if kind in self.trt.DataType.__members__ else "INT32"  # 8.6 has no INT64
+            constants[weight.name] = Tensor(self.trt, weight.name, kind, tuple(weight.dims))
+        known |= constants
+        self.layers = []
+        for node in graph.node:
+            inputs = [known[name] for name in node.input if name]
+            # Weights are layers, scales and biases of layers that have such are not.
+            own = node.input if node.op_type in ("MatMul", "Mul", "Add", "Div") else node.input[:1]
+            for name in own:
+                if name in constants:
+                    weight = onnx.helper.make_node("Constant", [], [name], name=name)
+                    self.layers.append(Layer(self.trt, weight, [constants[name]]))
+            self.layers.append(Layer(self.trt, node, [known[name] for name in node.output], inputs))
 
     def _tensor(self, value: onnx.ValueInfoProto) -> Tensor:
         kind = value.type.tensor_type

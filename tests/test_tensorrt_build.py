@@ -15,8 +15,10 @@ import export_nets
 import numpy as np
 import onnx
 import pytest
+import torch
 from fake_tensorrt import VERSIONS, FakeTensorRT, graph
 from rtx import needs_rtx
+from torch import nn
 
 import qat
 from qat.errors import QATError
@@ -209,6 +211,65 @@ def test_recorded_fp32_layers_name_what_is_missing(tmp_path):
 def test_recorded_11_has_no_fp32_layers(tmp_path):
     with pytest.raises(QATError, match=r"fp32_layers: TensorRT 11.*precision="):
         build_with(FakeTensorRT("11.1.0"), graph(tmp_path), fp32_layers=["sum"])
+
+
+@pytest.fixture(scope="module")
+def attention_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("attention") / "attention.onnx"
+    tokens = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    qat.prepare(model, qat.QuantConfig(placement="fast", head=()))
+    qat.calibrate(model, [tokens], progress=False)
+    qat.export_onnx(model, path, tokens, opset=17)
+    return path
+
+
+def precisions(version, path, **settings):
+    """Operator and precision of the layers that got one, and the build's flags."""
+    trt, seen = FakeTensorRT(version), []
+    trt.on_build = lambda builder, network, config: seen.extend(network.layers) or True
+    _, config = build_with(trt, path, check=False, **settings)
+    asked = [(layer.name, layer._node.op_type, layer.precision.name) for layer in seen if hasattr(layer, "precision")]
+    return asked, config.flags
+
+
+@pytest.mark.parametrize("version", VERSIONS[:2])
+def test_recorded_attention_beside_qdq_is_asked_for_in_half(version, attention_file):
+    asked, flags = precisions(version, attention_file)
+    kinds = [(op, precision) for _, op, precision in asked]
+    # Neither the four linear layers, which are quantized, nor their biases, nor the layer norms.
+    assert sorted(kinds) == [("MatMul", "HALF"), ("MatMul", "HALF"), ("Mul", "HALF"), ("Softmax", "HALF")]
+    assert "PREFER_PRECISION_CONSTRAINTS" in flags
+
+
+def test_recorded_attention_stays_float_without_fp16(attention_file):
+    asked, flags = precisions("8.6.1", attention_file, fp16=False)
+    assert asked == []
+    assert "PREFER_PRECISION_CONSTRAINTS" not in flags
+
+
+def test_recorded_attention_kept_in_float_by_name_stays_float(attention_file):
+    (softmax,) = (name for name, op, _ in precisions("8.6.1", attention_file)[0] if op == "Softmax")
+    asked, flags = precisions("8.6.1", attention_file, fp32_layers=[softmax])
+    assert sorted((op, precision) for _, op, precision in asked) == [
+        ("MatMul", "HALF"),
+        ("MatMul", "HALF"),
+        ("Mul", "HALF"),
+        ("Softmax", "FLOAT"),
+    ]
+    assert {"OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"} & flags == {"OBEY_PRECISION_CONSTRAINTS"}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_recorded_graphs_without_attention_get_no_constraints(quantized, tmp_path):
+    asked, flags = precisions("8.6.1", graph(tmp_path, quantized=quantized))
+    assert asked == []
+    assert "PREFER_PRECISION_CONSTRAINTS" not in flags
+
+
+def test_recorded_11_leaves_attention_to_the_graphs_types(attention_file):
+    assert precisions("11.1.0", attention_file) == ([], {"TF32"})
 
 
 # --- other settings, recorded bindings -------------------------------------------------------------------------------

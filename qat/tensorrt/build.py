@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from .cuda import local_target
 from .engine import Engine
 from .files import write_whole
 from .log import BuildLog, Record, messages_of
+from .precision import BF16, HALF, Types, attention_in_half, keep_float, layers_of, set_flag, set_precisions
 from .progress import Display, Interruption, make_monitor
 from .runtime import Runtime, as_runtime
 
 Shape = Sequence[int]
-_HALF, _BF16 = "float16", "bfloat16"
 # What TensorRT-RTX compiles for on a machine without a GPU.
 DEFAULT_TARGET = "SM86"
 
@@ -62,7 +62,8 @@ def build(
 
     Args:
         onnx: File (external data beside it is found), or the graph's bytes.
-        fp16: FP16 kernels where they are faster. Default: yes where typing is weak.
+        fp16: FP16 kernels where they are faster; beside Q/DQ, also for attention, which TensorRT would leave in float32.
+            Default: yes where typing is weak.
         bf16: BF16 kernels where they are faster. Default: no.
         int8: INT8 kernels. Default: if the graph holds Q/DQ or a calibrator is given.
         tf32: Whether float32 convolutions and products may round their inputs to TF32.
@@ -117,17 +118,19 @@ def build(
         network = parsed.network
         if not network.num_outputs:
             raise QATError(f"{_title(source)}: the graph has no outputs. Is it an ONNX file?")
-        types = _Types.of(trt, network)
+        types = Types.of(trt, network)
         profiles = _profiles(network, shapes or {}, batch)
         for name in _listed(outputs):
             _mark(trt, network, name)
         config = parsed.builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it, neither log nor inspector name tensors
         profile = _add_profile(trt, parsed.builder, config, network, profiles, log)
-        _set_flag(config, trt.BuilderFlag.TF32, tf32)
-        _set_precisions(runtime, config, parsed.strong, types, fp16=fp16, bf16=bf16, int8=int8, calibrator=calibrator)
+        set_flag(config, trt.BuilderFlag.TF32, tf32)
+        set_precisions(runtime, config, parsed.strong, types, fp16=fp16, bf16=bf16, int8=int8, calibrator=calibrator)
         if fp32_layers:
-            _keep_float(runtime, config, network, parsed.strong, _listed(fp32_layers))
+            keep_float(runtime, config, network, parsed.strong, _listed(fp32_layers))
+        if types.quantized and not parsed.strong and fp16 is not False:
+            attention_in_half(trt, config, network, _listed(fp32_layers))
         if workspace is not None:
             if workspace <= 0:
                 raise QATError(f"workspace={workspace}: give a number of bytes above 0")
@@ -149,7 +152,7 @@ def build(
                 runtime.hardware_compatibility,
             )
         if version_compatible:
-            _set_flag(config, trt.BuilderFlag.VERSION_COMPATIBLE, True)
+            set_flag(config, trt.BuilderFlag.VERSION_COMPATIBLE, True)
         built_for = _set_targets(runtime, config, None if targets is None else _listed(targets))
         if tactic_sources is not None:
             names = runtime.tactic_sources
@@ -190,22 +193,6 @@ class _Parsed:
     network: Any
     parser: Any
     strong: bool
-
-
-@dataclass(frozen=True)
-class _Types:
-    """What the parsed graph holds."""
-
-    dtypes: frozenset[str]
-    quantized: bool
-
-    @classmethod
-    def of(cls, trt: Any, network: Any) -> _Types:
-        dtypes, quantized = set(), False
-        for layer in _layers(network):
-            quantized |= layer.type == trt.LayerType.DEQUANTIZE
-            dtypes |= {str(dtype_of(layer.get_output(i).dtype)) for i in range(layer.num_outputs)}
-        return cls(frozenset(dtypes), quantized)
 
 
 def _listed(names: Sequence[str]) -> tuple[str, ...]:
@@ -260,7 +247,7 @@ def _parse(runtime: Runtime, source: Path | bytes, log: BuildLog, logger: Any, s
     if not runtime.weak_typing:
         return _parse_as(runtime, source, log, logger, strong=True)
     parsed = _parse_as(runtime, source, log, logger, strong=bool(strongly_typed))
-    if strongly_typed is None and runtime.strong_typing and _Types.of(runtime.module, parsed.network).dtypes & {_HALF, _BF16}:
+    if strongly_typed is None and runtime.strong_typing and Types.of(runtime.module, parsed.network).dtypes & {HALF, BF16}:
         return _parse_as(runtime, source, log, logger, strong=True)
     return parsed
 
@@ -295,10 +282,6 @@ def _describe(error: Any) -> str:
     return f"{node}: {error.desc()}"
 
 
-def _layers(network: Any) -> Iterator[Any]:
-    return (network.get_layer(i) for i in range(network.num_layers))
-
-
 def _mark(trt: Any, network: Any, name: str) -> None:
     """Make the tensor ``name`` an output of the network.
 
@@ -307,7 +290,7 @@ def _mark(trt: Any, network: Any, name: str) -> None:
     if any(network.get_output(i).name == name for i in range(network.num_outputs)):
         return
     names = []
-    for layer in _layers(network):
+    for layer in layers_of(network):
         for tensor in (layer.get_output(i) for i in range(layer.num_outputs)):
             if tensor.name == name:
                 if layer.type == trt.LayerType.DEQUANTIZE:
@@ -379,77 +362,6 @@ def _add_profile(trt: Any, builder: Any, config: Any, network: Any, profiles: Ma
     if config.add_optimization_profile(profile) < 0:
         raise QATError(f"TensorRT refuses the shapes of {', '.join(open_inputs)}{log.quote()}")
     return profile
-
-
-def _set_flag(config: Any, flag: Any, on: bool) -> None:
-    if on:
-        config.set_flag(flag)
-    else:
-        config.clear_flag(flag)
-
-
-def _set_precisions(
-    runtime: Runtime,
-    config: Any,
-    strong: bool,
-    types: _Types,
-    *,
-    fp16: bool | None,
-    bf16: bool | None,
-    int8: bool | None,
-    calibrator: Calibrator | None,
-) -> None:
-    """Set the builder's precision flags, or check that the graph's types are those asked for."""
-    if types.quantized and calibrator is not None:
-        raise QATError("calibrator: the graph holds Q/DQ, whose scales TensorRT takes. Leave the calibrator out")
-    if types.quantized and int8 is False:
-        raise QATError("int8=False: the graph holds Q/DQ. Export the float model instead")
-    if int8 and not types.quantized and calibrator is None:
-        raise QATError("int8=True: the graph holds no Q/DQ. Export a model that went through qat.prepare and qat.calibrate")
-    if strong:
-        for name, asked, dtype in (("fp16", fp16, _HALF), ("bf16", bf16, _BF16)):
-            if asked is not None and asked != (dtype in types.dtypes):
-                holds = "holds" if dtype in types.dtypes else "holds no"
-                precision = name if asked else "fp32"
-                raise QATError(
-                    f"{name}={asked}: {runtime.title} computes in the graph's types here, and the graph {holds} {dtype}. "
-                    f'Export with qat.export_onnx(..., precision="{precision}")'
-                )
-        return
-    flag = runtime.module.BuilderFlag
-    if bf16 and not hasattr(flag, "BF16"):
-        raise QATError(f"bf16=True: {runtime.title} has no BF16. Use fp16=True")
-    _set_flag(config, flag.FP16, fp16 is None or fp16)
-    _set_flag(config, flag.INT8, types.quantized or calibrator is not None)
-    if bf16:
-        _set_flag(config, flag.BF16, True)
-
-
-def _keep_float(runtime: Runtime, config: Any, network: Any, strong: bool, names: Sequence[str]) -> None:
-    """Keep the layers of the ONNX nodes ``names`` in float32."""
-    if strong:
-        raise QATError(
-            f"fp32_layers: {runtime.title} computes in the graph's types here. Export those nodes in float32 "
-            '(qat.export_onnx(..., precision="fp32") does so for all)'
-        )
-    trt: Any = runtime.module
-    known = {layer.name: layer for layer in _layers(network)}
-    for name in names:
-        found = [layer for layer in known.values() if _is_of(layer, name)]
-        if not found:
-            near = difflib.get_close_matches(name, list(known), n=3)
-            raise QATError(f"fp32_layers: the network has no node {name!r}; the nearest are {', '.join(near) or 'none'}")
-        for layer in found:
-            layer.precision = trt.DataType.FLOAT
-            for i in range(layer.num_outputs):
-                if layer.get_output(i).dtype in (trt.DataType.FLOAT, trt.DataType.HALF):
-                    layer.set_output_type(i, trt.DataType.FLOAT)
-    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-
-
-def _is_of(layer: Any, node: str) -> bool:
-    """Whether a layer comes from an ONNX node: by its metadata, where the version has them, else by its name."""
-    return layer.name == node or f"[ONNX Layer: {node}]" in getattr(layer, "metadata", "")
 
 
 def _member(runtime: Runtime, enumeration: str, name: str, argument: str, choices: tuple[str, ...]) -> Any:
