@@ -67,6 +67,15 @@ def export(folder: Path) -> None:
                 if isinstance(module, QuantAdd):
                     module.fuse = fuse
             arrays[name] = model(images).numpy()
+    encoder = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True).eval()
+    tokens = torch.randn(16, 48, 64)
+    qat.prepare(encoder, qat.QuantConfig(placement="fast", head=()))
+    qat.calibrate(encoder, [tokens], progress=False)
+    qat.export_onnx(encoder, folder / "attention.onnx", tokens[:2], opset=17)
+    with torch.no_grad():
+        arrays |= {"tokens": tokens.numpy(), "attention": encoder(tokens).numpy()}
+    softmax = [node.name for node in onnx.load(folder / "attention.onnx").graph.node if node.op_type == "Softmax"]
+    arrays["softmax"] = np.array(softmax)
     changed = onnx.load(folder / "both.onnx")
     scale = next(t for t in changed.graph.initializer if t.name == "2.conv1.input_quantizer/scale")
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(8), scale.name))
@@ -92,7 +101,7 @@ class Place:
 
     def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         with np.load(self.folder / "arrays.npz") as data:
-            return data["images"], data[name]
+            return data["tokens" if name == "attention" else "images"], data[name]
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -203,6 +212,29 @@ def bad_inputs_are_refused(at: Place) -> str:
     return "; ".join(said)
 
 
+def contexts_share_the_engine(at: Place) -> str:
+    images, expected = at.arrays("both")
+    errors = []
+    with at.build() as engine:
+        errors.append(relative(next(iter(engine.run(images).values())), expected))
+        contexts = [engine.context(), engine.context()]
+        stream = engine.cuda.create_stream()
+        for context, batch in zip(contexts, (16, 3), strict=True):
+            context.set_inputs(images[:batch])
+            context.upload(stream)
+            context.enqueue(stream)
+            context.download(stream)
+            engine.cuda.synchronize(stream)
+            (found,) = context.outputs.values()
+            errors.append(relative(found, expected[:batch]))
+            context.close()
+        engine.cuda.destroy_stream(stream)
+        assert engine.layer_information
+        errors.append(relative(next(iter(engine.run(images).values())), expected))
+    assert max(errors) < 1e-2, f"{errors}"
+    return "run, two contexts, run: relative error " + ", ".join(f"{error:.4f}" for error in errors)
+
+
 def memory_is_given_back(at: Place) -> str:
     from qat.tensorrt.cuda import Cuda
 
@@ -246,6 +278,20 @@ def layers_kept_in_fp32_are_exact(at: Place) -> str:
     errors = relative(half, expected), relative(found, expected)
     assert errors[1] < errors[0] / 2, f"{errors}"
     return f"FP16 {errors[0]:.1e}, {len(kernels)} layers in FP32 {errors[1]:.1e}"
+
+
+def attention_is_half_beside_qdq(at: Place) -> str:
+    tokens, expected = at.arrays("attention")
+    with np.load(at.folder / "arrays.npz") as data:
+        softmax = [str(name) for name in data["softmax"]]
+    assert softmax
+    errors = []
+    for options in ({}, {"fp32_layers": softmax}, {"fp16": False}):
+        with at.build("attention", batch=16, **options) as engine:
+            (found,) = engine.run(tokens).values()
+        errors.append(relative(found, expected))
+    assert max(errors) < 1e-2, f"{errors}"
+    return "relative error {:.1e}, softmax in FP32 {:.1e}, all of it {:.1e}".format(*errors)
 
 
 def calibrators_calibrate(at: Place) -> str:
@@ -317,9 +363,11 @@ CHECKS = (
     layers_by_log_and_inspector_agree,
     fp16_and_tf32_equal_pytorch,
     extra_outputs_are_returned,
+    contexts_share_the_engine,
     memory_is_given_back,
     calibrators_calibrate,
     layers_kept_in_fp32_are_exact,
+    attention_is_half_beside_qdq,
     verification_passes_a_good_engine,
     verification_tells_an_engine_of_another_file,
 )

@@ -93,6 +93,8 @@ def _add_enumerations(trt: Any) -> None:
     trt.MemoryPoolType = enum.Enum("MemoryPoolType", ("WORKSPACE", "DLA_MANAGED_SRAM"))
     trt.LayerType = enum.Enum("LayerType", (*dict.fromkeys(_LAYERS.values()), "ELEMENTWISE"))
     trt.ElementWiseOperation = enum.Enum("ElementWiseOperation", ("SUM", "PROD", "DIV"))
+    if trt.major < 11:
+        trt.PreviewFeature = enum.Enum("PreviewFeature", ("PROFILE_SHARING_0806",))
     trt.TensorIOMode = enum.Enum("TensorIOMode", ("NONE", "INPUT", "OUTPUT"))
     trt.LayerInformationFormat = enum.Enum("LayerInformationFormat", ("ONELINE", "JSON"))
     names = ["FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8", "FP8", *(["BF16", "INT64", "INT4"] if trt.major > 8 else [])]
@@ -141,6 +143,10 @@ class _Config(Strict):
     def clear_flag(self, flag: Any) -> None:
         assert isinstance(flag, self._trt.BuilderFlag)
         self._flags.discard(flag)
+
+    def set_preview_feature(self, feature: Any, on: bool) -> None:
+        assert isinstance(feature, self._trt.PreviewFeature)
+        self._calls.append(("preview", (feature.name, on)))
 
     def set_memory_pool_limit(self, pool: Any, size: int) -> None:
         self._calls.append(("memory", (pool.name, size)))
@@ -211,6 +217,8 @@ class Builder:
         profile = config._profiles[0].shapes if config._profiles else {}
         plan = {"version": self.trt.__version__, "graph": base64.b64encode(network.proto.SerializeToString()).decode()}
         plan["outputs"] = [t.name for t in network.marked]
+        # Since 10, contexts share a profile without being told to.
+        plan["sharing"] = self.trt.major > 8 or ("PROFILE_SHARING_0806", True) in config.called("preview")
         plan["profile"] = {t.name: profile.get(t.name, [t.shape] * 3) for t in network.entries}
         return bytearray(json.dumps(plan).encode())
 
@@ -384,6 +392,7 @@ class Runtime(Strict):
 class Engine:
     def __init__(self, trt: Any, plan: dict[str, Any], logger: Any) -> None:
         self.trt, self.plan, self.logger = trt, plan, logger
+        self.alive: weakref.WeakSet[Context] = weakref.WeakSet()
         self.network = Network(trt)
         self.network.read(onnx.load_from_string(base64.b64decode(plan["graph"])))
         known = {tensor.name: tensor for layer in self.network.layers for tensor in layer._tensors}
@@ -465,6 +474,10 @@ class Context:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        # Seen in 8.6.1: a second context of an engine with a range of shapes has no profile, and takes shapes all the same.
+        alone = not engine.plan["sharing"] and any(low != high for low, _, high in engine.plan["profile"].values())
+        self.active_optimization_profile = -1 if alone and any(c.active_optimization_profile == 0 for c in engine.alive) else 0
+        engine.alive.add(self)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.streams: list[int] = []
@@ -483,6 +496,10 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         self.streams.append(stream)
+        if self.active_optimization_profile < 0:
+            message = "2:  Error Code 2: Internal Error (Assertion mOptimizationProfile >= 0 failed. )"
+            self.engine.logger.log(self.engine.trt.ILogger.ERROR, message)
+            return False
         inputs = {name: self._view(name, shape) for name, shape in self.shapes.items()}
         for name, value in self._evaluate(inputs).items():
             self._view(name, value.shape)[...] = value

@@ -122,6 +122,47 @@ def test_recorded_runs_on_another_stream_wait_for_the_last(recorded, library, tm
     assert library.events[1:] == [("record", event, 7), ("record", event, 7), ("wait", 9, event), ("record", event, 9)]
 
 
+def test_recorded_engine_serves_several_contexts(recorded, library, tmp_path):
+    engine, x = doubling(recorded, library, tmp_path), numbers(3, 4)
+    np.testing.assert_array_equal(engine.run(x)["y"], -2 * x)
+    contexts = [engine.context(), engine.context()]
+    for context in contexts:
+        context.set_inputs(x)
+        context.upload(7)
+        context.enqueue(7)
+        context.download(7)
+        np.testing.assert_array_equal(context.outputs["y"], -2 * x)
+
+
+@pytest.fixture
+def built_elsewhere(monkeypatch, library, tmp_path):
+    """An engine of 8.6 for a range of batch sizes, built without what lets contexts share their profile."""
+    trt = FakeTensorRT("8.6.1")
+    monkeypatch.setattr(trt.IBuilderConfig, "set_preview_feature", lambda config, feature, on: None)
+    return doubling(trt, library, tmp_path)
+
+
+def test_recorded_run_makes_way_for_another_context(built_elsewhere):
+    x = numbers(3, 4)
+    built_elsewhere.run(x)
+    context = built_elsewhere.context()
+    context.set_inputs(x)
+    context.upload(7)
+    context.enqueue(7)
+    context.download(7)
+    np.testing.assert_array_equal(context.outputs["y"], -2 * x)
+    context.close()
+    np.testing.assert_array_equal(built_elsewhere.run(x)["y"], -2 * x)
+
+
+def test_recorded_engine_that_serves_one_context_says_so(built_elsewhere):
+    context = built_elsewhere.context()
+    with pytest.raises(QATError, match=r"8\.6\.1: .*one context at a time.*Close that one.*qat\.tensorrt\.build"):
+        built_elsewhere.run(numbers(3, 4))
+    context.close()
+    built_elsewhere.run(numbers(3, 4))
+
+
 # --- inputs that do not fit ------------------------------------------------------------------------------------------
 
 

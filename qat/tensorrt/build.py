@@ -124,6 +124,9 @@ def build(
             _mark(trt, network, name)
         config = parsed.builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # without it, neither log nor inspector name tensors
+        if runtime.has("PreviewFeature", "PROFILE_SHARING_0806"):
+            # 8.6 lets one context alone use a profile otherwise; since 10 all may.
+            config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
         profile = _add_profile(trt, parsed.builder, config, network, profiles, log)
         set_flag(config, trt.BuilderFlag.TF32, tf32)
         set_precisions(runtime, config, parsed.strong, types, fp16=fp16, bf16=bf16, int8=int8, calibrator=calibrator)

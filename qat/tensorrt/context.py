@@ -76,11 +76,18 @@ def create_context(engine: Engine) -> Any:
     """TensorRT's own ``IExecutionContext``.
 
     Raises:
-        QATError: If there is no GPU, or its memory does not suffice.
+        QATError: If there is no GPU, or its memory does not suffice, or the engine serves one context at a time.
     """
     context = engine.handle.create_execution_context()
+    if context is not None and context.active_optimization_profile < 0 and engine.give_up_context():
+        context = engine.handle.create_execution_context()
     if context is None:
         raise QATError(f"no memory for the engine's activations. Build for a smaller batch{engine.load_log.quote()}")
+    if context.active_optimization_profile < 0:
+        raise QATError(
+            f"{engine.runtime.title}: the engine was built to serve one context at a time, and one is in use. Close that one "
+            "first, or build the engine with qat.tensorrt.build, which lets contexts share its optimization profile"
+        )
     return context
 
 

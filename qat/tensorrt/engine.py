@@ -168,9 +168,23 @@ class Engine:
         """A context of its own, with its own activation memory, to enqueue without the checks and copies of :meth:`run`.
 
         Raises:
-            QATError: If there is no GPU, or its memory does not suffice.
+            QATError: If there is no GPU, its memory does not suffice, or another context is open of an engine that was built
+                elsewhere with TensorRT 8.6 to serve one at a time.
         """
         return ExecutionContext(self)
+
+    def give_up_context(self) -> bool:
+        """Close the context of :meth:`run`, which will make itself another; whether there was one.
+
+        For engines that serve one context at a time.
+        """
+        if self._context is None:
+            return False
+        with self._running:
+            if self._done is not None:
+                self.cuda.synchronize_event(self._done.address)
+            self._release()
+        return True
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan, as TensorRT's own tools read it.
