@@ -474,9 +474,10 @@ class Context:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        # Seen in 8.6.1: a second context of an engine with a range of shapes has no profile, and takes shapes all the same.
-        alone = not engine.plan["sharing"] and any(low != high for low, _, high in engine.plan["profile"].values())
-        self.active_optimization_profile = -1 if alone and any(c.active_optimization_profile == 0 for c in engine.alive) else 0
+        # Seen in 8.6.1: a second context takes shapes, but runs only if they are fixed. That it says -1 then, too, is the worst
+        # that the documentation allows.
+        taken = any(other.active_optimization_profile == 0 for other in engine.alive)
+        self.active_optimization_profile = -1 if taken and not engine.plan["sharing"] else 0
         engine.alive.add(self)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -496,7 +497,8 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         self.streams.append(stream)
-        if self.active_optimization_profile < 0:
+        ranges = any(low != high for low, _, high in self.engine.plan["profile"].values())
+        if self.active_optimization_profile < 0 and ranges:
             message = "2:  Error Code 2: Internal Error (Assertion mOptimizationProfile >= 0 failed. )"
             self.engine.logger.log(self.engine.trt.ILogger.ERROR, message)
             return False

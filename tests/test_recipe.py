@@ -471,7 +471,7 @@ def test_engines_are_plans_of_the_files_beside_them(engines):
 
 def test_without_a_gpu_nothing_is_measured_and_the_title_says_so(engines):
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("needs a machine without a GPU")
     found = json.loads((engines[1] / "metrics.json").read_text())["engines"]
     assert "there is no GPU here" in found["title"]
     assert {row["ms"] for row in found["results"].values()} == {None}

@@ -142,6 +142,22 @@ def built_elsewhere(monkeypatch, library, tmp_path):
     return doubling(trt, library, tmp_path)
 
 
+def test_recorded_fixed_shapes_serve_several_contexts_without_a_profile(monkeypatch, library, tmp_path):
+    trt, x = FakeTensorRT("8.6.1"), numbers(3, 4)
+    monkeypatch.setattr(trt.IBuilderConfig, "set_preview_feature", lambda config, feature, on: None)
+    engine = doubling(trt, library, tmp_path, batch=3)
+    engine.run(x)
+    kept = engine._context
+    context = engine.context()
+    context.set_inputs(x)
+    context.upload(7)
+    context.enqueue(7)
+    context.download(7)
+    np.testing.assert_array_equal(context.outputs["y"], -2 * x)
+    assert context._context.active_optimization_profile == -1
+    assert engine._context is kept
+
+
 def test_recorded_run_makes_way_for_another_context(built_elsewhere):
     x = numbers(3, 4)
     built_elsewhere.run(x)
@@ -403,7 +419,7 @@ def test_rtx_plan_is_saved_as_it_is(rtx_engine, tmp_path):
 def test_rtx_itself_reports_why_it_cannot_deserialize(rtx_engine):
     """With a device count that lies, TensorRT's own message comes through."""
     if has_gpu():
-        pytest.skip("there is a GPU")
+        pytest.skip("needs a machine without a GPU")
     engine = on(FakeCudaLibrary(), Engine(rtx_engine.plan, rtx_engine.runtime))
     with pytest.raises(QATError, match="cudaError 35"):
         _ = engine.handle

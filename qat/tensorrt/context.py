@@ -79,16 +79,22 @@ def create_context(engine: Engine) -> Any:
         QATError: If there is no GPU, or its memory does not suffice, or the engine serves one context at a time.
     """
     context = engine.handle.create_execution_context()
-    if context is not None and context.active_optimization_profile < 0 and engine.give_up_context():
+    if context is not None and _lacks_profile(context, engine) and engine.give_up_context():
+        context = None  # and its memory, before there is another
         context = engine.handle.create_execution_context()
     if context is None:
         raise QATError(f"no memory for the engine's activations. Build for a smaller batch{engine.load_log.quote()}")
-    if context.active_optimization_profile < 0:
+    if _lacks_profile(context, engine):
         raise QATError(
             f"{engine.runtime.title}: the engine was built to serve one context at a time, and one is in use. Close that one "
             "first, or build the engine with qat.tensorrt.build, which lets contexts share its optimization profile"
         )
     return context
+
+
+def _lacks_profile(context: Any, engine: Engine) -> bool:
+    """Whether the context cannot run: up to 8.6 others may hold what tells the range of shapes, where there is a range."""
+    return context.active_optimization_profile < 0 and any(info.min != info.max for info in engine.inputs)
 
 
 def shaped_context(engine: Engine) -> Any:
