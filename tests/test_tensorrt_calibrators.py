@@ -101,10 +101,15 @@ def test_recorded_cache_is_written(recorded, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"graph.onnx", "ranges.cache"}
 
 
-def test_recorded_cache_spares_the_data(recorded, tmp_path):
-    (tmp_path / "ranges.cache").write_bytes(RANGES)
-    build_with(recorded, tmp_path, EntropyCalibrator2([], tmp_path / "ranges.cache"))
+# The header of the legacy calibrator is a bare 0 (TensorRT 8.6).
+@pytest.mark.parametrize(
+    ("kind", "ranges"), [(EntropyCalibrator2, RANGES), (LegacyCalibrator, b"0\ninput: 3c010a14\nconv1: 3c8954be\n")]
+)
+def test_recorded_cache_spares_the_data(recorded, tmp_path, kind, ranges):
+    (tmp_path / "ranges.cache").write_bytes(ranges)
+    build_with(recorded, tmp_path, kind([], tmp_path / "ranges.cache"))
     assert not recorded.asked
+    assert recorded.configs[-1].int8_calibrator.read_calibration_cache() == ranges
 
 
 def test_recorded_cache_is_not_written_by_a_failed_build(recorded, tmp_path):
@@ -115,8 +120,9 @@ def test_recorded_cache_is_not_written_by_a_failed_build(recorded, tmp_path):
     assert not (tmp_path / "ranges.cache").exists()
 
 
-def test_file_that_is_no_cache(recorded, tmp_path):
-    (tmp_path / "ranges.cache").write_bytes(b"PK\x03\x04")
+@pytest.mark.parametrize("content", [b"PK\x03\x04", b"", b"0", b"0123\n", b"TRT-"])
+def test_file_that_is_no_cache(recorded, tmp_path, content):
+    (tmp_path / "ranges.cache").write_bytes(content)
     with pytest.raises(QATError, match=r"ranges\.cache: not a calibration cache"):
         build_with(recorded, tmp_path, EntropyCalibrator2(batches(), tmp_path / "ranges.cache"))
 

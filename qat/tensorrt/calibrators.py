@@ -8,6 +8,7 @@ TensorRT up to version 10 has them (deprecated since 10.1); 11 and TensorRT-RTX 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,9 @@ from .context import TensorInfo, is_torch
 from .files import read_whole, write_whole
 from .log import BuildLog
 from .runtime import Runtime
+
+# First line of a cache: release and algorithm. The legacy calibrator writes a bare 0 (TensorRT 8.6).
+_HEADER = re.compile(rb"(TRT-\S+|0)\r?\n")
 
 
 class Calibrator:
@@ -72,7 +76,7 @@ class Calibrator:
         ranges = None
         if self.cache is not None and self.cache.is_file():
             ranges = read_whole(self.cache)
-            if not ranges.startswith(b"TRT-"):
+            if not _HEADER.match(ranges):
                 raise QATError(f"{self.cache}: not a calibration cache of TensorRT. Remove it, or name another file")
         batches = _Batches(self.data, inputs)
         handle = make(batches, BaseClass=getattr(runtime.module, self._base), **self._settings())
