@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import QATError
-from .numerics import INT8, SCALE_MIN, Format, amax_to_scale, fake_quantize, fake_quantize_node
+from .kernels import fake_quantize
+from .numerics import INT8, SCALE_MIN, Format, amax_to_scale, fake_quantize_node
 
 
 class State(str, enum.Enum):

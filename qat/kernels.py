@@ -1,0 +1,121 @@
+"""Fake quantization by the fastest implementation there is: Triton kernels for eager CUDA, else :mod:`qat.numerics`.
+
+The results are the same, bit by bit; the sums in the gradient of a scale are formed in another order. Per element of 2 bytes
+the kernels read 2 and write 2 forward (and one bit), and read 2 (and that bit) and write 2 backward; the input is not saved
+unless the scale is learned.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import numerics
+from .numerics import INT8, Format, check_scale, lsq_factor
+
+_BLOCK = 4096
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: Format = INT8) -> Tensor:
+    """:func:`qat.numerics.fake_quantize`, with the same arguments, result and errors."""
+    if not _is_for_triton(x, scale):
+        return numerics.fake_quantize(x, scale, axis=axis, fmt=fmt)
+    if scale.requires_grad and axis is not None:
+        # Learned ranges of weights: too few elements to be worth kernels of their own.
+        return numerics.fake_quantize(x, scale, axis=axis, fmt=fmt)
+    check_scale(x, scale, axis)
+    return _FakeQuantize.apply(x, scale, axis, fmt, lsq_factor(x, scale, fmt))[0]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _is_for_triton(x: Tensor, scale: Tensor) -> bool:
+    return (
+        x.is_cuda
+        and scale.device == x.device
+        and not torch.compiler.is_compiling()
+        and x.dtype in _DTYPES
+        and x.numel() > 0
+        and _has_triton()
+    )
+
+
+def _dense(x: Tensor, like: Tensor) -> Tensor:
+    """``x``, or a copy, with its elements in memory as those of ``like``, which has no gaps."""
+    same = all(a == b for a, b, size in zip(x.stride(), like.stride(), x.shape, strict=True) if size > 1)
+    return x if same else torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def _grid(size: int) -> tuple[int]:
+    return (-(-size // _BLOCK),)
+
+
+def _forward(x: Tensor, scale: Tensor, axis: int | None, fmt: Format, with_mask: bool) -> tuple[Tensor, Tensor]:
+    from .triton_kernels import WORD, quantize_kernel
+
+    # Where x has gaps or overlaps, a result of that layout has none.
+    y = torch.empty_like(x)
+    x = _dense(x, y)
+    mask = torch.empty(-(-x.numel() // WORD) if with_mask else 0, dtype=torch.int32, device=x.device)
+    period, channels = (1, 1) if axis is None else (y.stride(axis), y.shape[axis])
+    with torch.cuda.device_of(x):
+        quantize_kernel[_grid(x.numel())](
+            x, scale.contiguous(), y, mask, x.numel(), period, channels, fmt.qmin, fmt.qmax, axis is not None, with_mask, _BLOCK
+        )
+    return y, mask
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Returns the words of the mask besides the result, since what is saved must come in or go out."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, axis: int | None, fmt: Format, factor: float) -> tuple[Tensor, Tensor]:
+        return _forward(x, scale, axis, fmt, with_mask=x.requires_grad and not scale.requires_grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, scale, ctx.axis, ctx.fmt, ctx.factor = inputs
+        y, mask = output
+        ctx.mark_non_differentiable(mask)
+        ctx.set_materialize_grads(False)
+        ctx.learned = scale.requires_grad
+        ctx.layout = torch.empty_like(y, device="meta")
+        ctx.save_for_backward(*((x, scale) if ctx.learned else (mask,)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return None, None, None, None, None
+        out = torch.empty_like(ctx.layout, dtype=grad.dtype, device=grad.device)
+        grad = _dense(grad, out)
+        from .triton_kernels import clip_kernel, learned_kernel
+
+        with torch.cuda.device_of(grad):
+            if not ctx.learned:
+                (mask,) = ctx.saved_tensors
+                clip_kernel[_grid(grad.numel())](grad, mask, out, grad.numel(), _BLOCK)
+                return out, None, None, None, None
+            x, scale = ctx.saved_tensors
+            sums = torch.empty(_grid(x.numel()), dtype=torch.float32, device=x.device)
+            learned_kernel[_grid(x.numel())](
+                grad, _dense(x, out), scale, out, sums, x.numel(), ctx.fmt.qmin, ctx.fmt.qmax, _BLOCK
+            )
+        return out, sums.sum().reshape(scale.shape) * ctx.factor, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, scale: Tensor, axis: Any, fmt: Format, factor: float) -> Any:
+        """By the composite, which vmap batches operator by operator."""
+
+        def composite(x: Tensor, scale: Tensor) -> Tensor:
+            return numerics.fake_quantize(x, scale, axis=axis, fmt=fmt)
+
+        y = torch.vmap(composite, in_dims[:2])(x, scale)
+        return (y, y.new_empty(0)), (0, None)

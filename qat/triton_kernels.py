@@ -1,0 +1,107 @@
+"""The formulas of :mod:`qat.numerics` as Triton kernels. Imported where there is a CUDA tensor only: needs triton.
+
+All kernels run over the elements in the order in which they lie in memory, whatever the layout of the tensor: the channel of
+the element at offset ``i`` is ``i // period % channels``, ``period`` being the stride of the channel dimension.
+"""
+
+from __future__ import annotations
+
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+
+# Bits of one word of a mask.
+WORD = 32
+
+
+@triton.jit
+def _round(ratio, QMIN: tl.constexpr, QMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``ratio`` rounded half to even, right within the range and beyond it outside; signs of zeros as torch.round has them."""
+    near = tl.where(ratio < QMIN - 1, QMIN - 1.0, tl.where(ratio > QMAX + 1, QMAX + 1.0, ratio))
+    # At 1.5 * 2**23 the unit in the last place of a float32 is 1, so that the addition rounds.
+    code = (near + 12582912.0) - 12582912.0
+    sign = ratio.to(tl.int32, bitcast=True) & -2147483648
+    return ((code.to(tl.int32, bitcast=True) & 2147483647) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scales(scale_ptr, at, valid, period, channels, PER_CHANNEL: tl.constexpr):  # type: ignore[no-untyped-def]
+    if PER_CHANNEL:
+        return tl.load(scale_ptr + (at // period) % channels, valid, other=1.0)
+    return tl.load(scale_ptr) + tl.zeros(at.shape, tl.float32)
+
+
+@triton.jit
+def quantize_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, scale_ptr, y_ptr, mask_ptr, size, period, channels,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, PER_CHANNEL: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``y = clamp(round(x / scale)) * scale``; one bit an element into the words of ``mask``: whether it was in the range."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    valid = at < size
+    x = tl.load(x_ptr + at, valid, other=0.0).to(tl.float32)
+    scale = _scales(scale_ptr, at, valid, period, channels, PER_CHANNEL)
+    code = _round(tl.div_rn(x, scale), QMIN, QMAX)
+    clamped = tl.where(code < QMIN, QMIN * 1.0, tl.where(code > QMAX, QMAX * 1.0, code))
+    tl.store(y_ptr + at, (clamped * scale).to(y_ptr.dtype.element_ty), valid)
+    if MASK:
+        inside = (code >= QMIN) & (code <= QMAX)
+        bits = tl.reshape(inside.to(tl.int32), (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :]
+        words = start // 32 + tl.arange(0, BLOCK // 32)
+        tl.store(mask_ptr + words, tl.sum(bits, 1), words * 32 < size)
+
+
+@triton.jit
+def clip_kernel(grad_ptr, mask_ptr, out_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``grad`` where the bit of ``mask`` is set, else 0."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < size
+    bit = (tl.load(mask_ptr + at // 32, valid, other=0) >> (at % 32).to(tl.int32)) & 1
+    grad = tl.load(grad_ptr + at, valid, other=0.0)
+    tl.store(out_ptr + at, tl.where(bit != 0, grad, 0.0).to(out_ptr.dtype.element_ty), valid)
+
+
+@triton.jit
+def learned_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr, x_ptr, scale_ptr, out_ptr, sums_ptr, size,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of ``x``, and of one scale: the sum of a block each, which another launch adds up in a fixed order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < size
+    x = tl.load(x_ptr + at, valid, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + at, valid, other=0.0)
+    ratio = tl.div_rn(x, tl.load(scale_ptr) + tl.zeros((BLOCK,), tl.float32))
+    code = _round(ratio, QMIN, QMAX)
+    inside = (code >= QMIN) & (code <= QMAX)
+    clamped = tl.where(code < QMIN, QMIN * 1.0, tl.where(code > QMAX, QMAX * 1.0, code))
+    tl.store(out_ptr + at, tl.where(inside, grad, 0.0).to(out_ptr.dtype.element_ty), valid)
+    slope = clamped - tl.where(inside, ratio, 0.0)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(valid, grad.to(tl.float32) * slope, 0.0), 0))
+
+
+@triton.jit
+def weight_kernel(  # type: ignore[no-untyped-def]
+    w_ptr, y_ptr, amax_ptr, size, SCALE_MIN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One output channel a program: its largest magnitude, and the channel quantized with the range that follows from it."""
+    row = tl.program_id(0).to(tl.int64) * size
+    amax = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        w = tl.load(w_ptr + row + at, at < size, other=0.0).to(tl.float32)
+        amax = tl.maximum(amax, tl.abs(w), propagate_nan=tl.PropagateNan.ALL)
+    top = tl.reduce(amax, 0, _maximum)
+    tl.store(amax_ptr + tl.program_id(0), top)
+    scale = tl.maximum(tl.div_rn(top, QMAX * 1.0), SCALE_MIN, propagate_nan=tl.PropagateNan.ALL)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        w = tl.load(w_ptr + row + at, at < size, other=0.0).to(tl.float32)
+        code = _round(tl.div_rn(w, scale + tl.zeros((BLOCK,), tl.float32)), QMIN, QMAX)
+        clamped = tl.where(code < QMIN, QMIN * 1.0, tl.where(code > QMAX, QMAX * 1.0, code))
+        tl.store(y_ptr + row + at, (clamped * scale).to(y_ptr.dtype.element_ty), at < size)
+
+
+@triton.jit
+def _maximum(a, b):  # type: ignore[no-untyped-def]
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

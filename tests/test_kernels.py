@@ -1,0 +1,144 @@
+"""The Triton kernels against the composite: the same bits. Without a GPU, in Triton's interpreter.
+
+Triton decides when it is imported whether to interpret, so that happens in a process of its own.
+"""
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import qat.kernels
+import qat.numerics
+from qat.errors import QATError
+from qat.numerics import INT4, INT8
+
+pytest.importorskip("triton", reason="needs triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The interpreter cuts bfloat16 off instead of rounding it.
+RUNS = [("cpu", torch.float32), ("cpu", torch.float16)] if INTERPRETED else []
+RUNS += [pytest.param(("cuda", d), marks=pytest.mark.gpu) for d in (torch.float32, torch.float16, torch.bfloat16)]
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    name, dtype = request.param
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        return name, dtype
+    monkeypatch.setattr(qat.kernels, "_is_for_triton", lambda x, scale: x.numel() > 0)
+    return name, dtype
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+def test_all_in_tritons_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+
+
+on_all = pytest.mark.parametrize("device", RUNS, indirect=True, ids=lambda run: f"{run[0]}-{run[1]}")
+LAYOUTS = {
+    "one element": lambda x: x.flatten()[:1],
+    "vector": lambda x: x.flatten()[:37],
+    "contiguous": lambda x: x,
+    "channels-last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 3),
+    "with gaps": lambda x: x[:, :, ::2, 1:],
+    "expanded": lambda x: x[:, :1].expand(-1, 5, -1, -1),
+    "many blocks": lambda x: x.repeat(4, 2, 3, 3),
+}
+SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-30, -1e-30, 6.35, 6.375, -6.4, -6.425, 1e30]
+
+
+def values(device, dtype, shape=(3, 5, 17, 9)):
+    x = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x.view(-1)[: len(SPECIAL)] = torch.tensor(SPECIAL)
+    return x.to(device, dtype)
+
+
+def both(x, scale, grad, **settings):
+    """Results and gradients of the composite and of the kernels."""
+    found = []
+    for function in (qat.numerics.fake_quantize, qat.kernels.fake_quantize):
+        inputs = [x.detach().requires_grad_(), scale.detach().requires_grad_(scale.requires_grad)]
+        y = function(*inputs, **settings)
+        wanted = [t for t in inputs if t.requires_grad]
+        found.append((y.detach(), *torch.autograd.grad(y, wanted, grad)))
+    return found
+
+
+def same_bits(a, b):
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    a, b = a.float().cpu().numpy(), b.float().cpu().numpy()
+    np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+    kept = ~np.isnan(a)
+    np.testing.assert_array_equal(a[kept].view(np.int32), b[kept].view(np.int32))
+
+
+@on_all
+@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("axis", [None, 0, -1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_give_the_bits_of_the_composite(device, layout, axis, fmt):
+    x = LAYOUTS[layout](values(*device))
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.tensor(0.05) if axis is None else 0.01 + 0.1 * torch.rand(x.shape[axis], generator=generator)
+    scale = scale.to(x.device)
+    grad = torch.randn(x.shape, generator=generator).to(x)
+    expected, found = both(x, scale, grad, axis=axis, fmt=fmt)
+    same_bits(found[0], expected[0])
+    same_bits(found[1], expected[1])
+    assert found[0].stride() == torch.empty_like(x).stride()
+
+
+@on_all
+@pytest.mark.parametrize("layout", ["vector", "channels-last", "with gaps", "many blocks"])
+def test_gradient_of_a_learned_scale_is_that_of_the_composite(device, layout):
+    x = LAYOUTS[layout](values(*device)).nan_to_num(1.0, 100.0, -100.0)
+    scale = torch.tensor(0.05, device=x.device, requires_grad=True)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    expected, found = both(x, scale, grad)
+    same_bits(found[0], expected[0])
+    same_bits(found[1], expected[1])
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=1e-5)
+
+
+@on_all
+def test_gradients_of_another_layout(device):
+    x = values(*device).to(memory_format=torch.channels_last)
+    scale = torch.tensor(0.05, device=x.device)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    for other in (grad, grad.transpose(2, 3).contiguous().transpose(2, 3), grad[:, :1].expand_as(grad)):
+        expected, found = both(x, scale, other)
+        same_bits(found[1], expected[1])
+
+
+@on_all
+def test_the_input_is_not_saved(device):
+    x = values(*device).nan_to_num(0).requires_grad_()
+    y = qat.kernels.fake_quantize(x, torch.tensor(0.05, device=x.device))
+    (mask,) = y.grad_fn.saved_tensors
+    assert mask.dtype == torch.int32
+    assert mask.numel() == -(-x.numel() // 32)
+
+
+@on_all
+def test_scale_that_does_not_fit_is_refused(device):
+    with pytest.raises(QATError, match="pass axis"):
+        qat.kernels.fake_quantize(values(*device), torch.ones(2, device=device[0]))
+
+
+@on_all
+def test_empty_tensors(device):
+    x = values(*device)[:0]
+    assert qat.kernels.fake_quantize(x, torch.tensor(0.05, device=x.device)).shape == x.shape
