@@ -54,7 +54,11 @@ class Quantizer(nn.Module):
     amax: Tensor
     export_scale: Tensor
     axis: int | None = None
+    # Modules that read the tensor, each with one call.
+    readers: int = 1
     _last: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[Any, ...]] | None = None
+    _kept: Tensor | None = None
+    _unread: int = 0
 
     def __init__(self, fmt: Format = INT8, *, learned: bool = False, device: torch.device | None = None) -> None:
         super().__init__()
@@ -129,14 +133,19 @@ class Quantizer(nn.Module):
     def _result_for(self, x: Tensor) -> Tensor | None:
         """What the last call gave, if it was for this very tensor: sites that read one tensor share their quantizer.
 
-        Nothing is kept alive for it: what a layer saved for its backward pass is there to be used again.
+        The result is kept until all readers have had it, or its tensor is gone; afterwards only if a layer saved it.
         """
         if torch.compiler.is_compiling() or self._last is None:
             return None
         seen, last, state = self._last
         result = last()
         # Somebody may have changed either in place.
-        return result if seen() is x and result is not None and state == self._call_state(x, result) else None
+        if seen() is not x or result is None or state != self._call_state(x, result):
+            return None
+        self._unread -= 1
+        if self._unread <= 0:
+            self._kept = None
+        return result
 
     def _remember(self, x: Tensor, result: Tensor) -> None:
         if torch.compiler.is_compiling() or type(x) is not Tensor or any(t.is_inference() for t in (x, result, self.amax)):
@@ -144,7 +153,23 @@ class Quantizer(nn.Module):
         if result.requires_grad and x.is_leaf:
             # The same leaf may come again after a backward pass, which frees what the result's gradient needs.
             return
-        self._last = (weakref.ref(x), weakref.ref(result), self._call_state(x, result))
+        # What was kept of another tensor goes first, with its callback.
+        self._kept = self._last = None
+        self._unread = self.readers - 1
+        self._last = (weakref.ref(x, self._forgetting()), weakref.ref(result), self._call_state(x, result))
+        self._kept = result if self._unread > 0 else None
+
+    def _forgetting(self) -> Callable[[Any], None] | None:
+        """Called when a tensor is gone whose result not all readers have had."""
+        if self._unread <= 0:
+            return None
+        this = weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            if (site := this()) is not None:
+                site._kept = None
+
+        return forget
 
     def _call_state(self, x: Tensor, result: Tensor) -> tuple[Any, ...]:
         """What tells whether ``result`` still is what ``x`` gives."""
@@ -152,7 +177,7 @@ class Quantizer(nn.Module):
         return *versions, x.requires_grad, self.amax.requires_grad, torch.is_grad_enabled()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}
+        return {**self.__dict__, "_last": None, "_kept": None}
 
     def range_scale(self, x: Tensor) -> Tensor:
         """The scale to quantize ``x`` with."""

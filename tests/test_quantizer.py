@@ -424,6 +424,44 @@ def test_nothing_is_kept_alive_for_it():
     assert torch.equal(site(x), ranged()(leaf(4, 8)))
 
 
+def test_what_not_all_readers_have_had_is_kept_for_them():
+    site, x = ranged(), inner(4, 8)
+    site.readers = 3
+    result = weakref.ref(site(x))
+    assert result() is not None
+    assert site(x) is result()
+    assert site(x) is not None
+    assert result() is None, "kept after the last reader"
+
+
+def test_what_is_kept_goes_with_its_tensor():
+    site, x = ranged(), inner(4, 8).detach()
+    site.readers = 2
+    result = weakref.ref(site(x))
+    assert result() is not None
+    del x
+    assert result() is None
+
+
+def test_what_is_kept_goes_with_the_next_tensor():
+    site, x, y = ranged(), inner(4, 8), inner(4, 8)
+    site.readers = 2
+    result = weakref.ref(site(x))
+    other = site(y)
+    assert result() is None
+    assert site(y) is other
+
+
+def test_copies_hold_nothing_back():
+    site, x = ranged(), inner(4, 8).detach()
+    site.readers = 2
+    result = weakref.ref(site(x))
+    twins = [copy.deepcopy(site), pickle.loads(pickle.dumps(site))]
+    assert [twin.readers for twin in twins] == [2, 2]
+    site(x)
+    assert result() is None
+
+
 def in_place(site, x, result):
     with torch.no_grad():
         x.mul_(2)

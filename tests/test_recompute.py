@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -155,3 +156,22 @@ def test_per_sample_gradients_equal_a_loop(always):
         alone = torch.func.grad(loss)(parameters, row)
         for name, value in alone.items():
             torch.testing.assert_close(found[name][i], value)
+
+
+def test_a_tensor_with_several_readers_is_quantized_once(monkeypatch):
+    """Though no layer keeps the result for its backward pass."""
+    monkeypatch.setattr(recompute, "pays", lambda x: torch.is_grad_enabled())
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=4)
+    qat.prepare(model)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    qat.calibrate(model, [x], method="max", progress=False)
+    calls = []
+    original = qat.quantizer.fake_quantize
+    monkeypatch.setattr(
+        qat.quantizer, "fake_quantize", lambda t, scale, **settings: calls.append(1) or original(t, scale, **settings)
+    )
+    sites = [site for _, site in qat.quantizer.quantizers(model)]
+    model.train()(x)
+    assert len(calls) == len(sites)
+    assert sum(site.readers for site in sites) > len(sites)

@@ -53,12 +53,16 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
     """Change ``model`` in place as planned."""
     home = next(iter(model.parameters())).device
     made: dict[Slot, Quantizer] = {}
+    readers: dict[Slot, set[str]] = {}
 
     def quantizer(slot: Slot, device: torch.device) -> Quantizer:
         top = plan.groups[slot]
         if top not in made:
             site = plan.config.site(top[0])
             made[top] = Quantizer(site.activation_format, learned=site.learn_scales, device=device)
+        # Attention asks once for what it reads as query, key and value.
+        readers.setdefault(top, set()).add(slot[0])
+        made[top].readers = len(readers[top])
         return made[top]
 
     weights: dict[Any, WeightQuantizer] = {}
