@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import numerics
-from .numerics import INT8, Format, check_scale, lsq_factor
+from .numerics import INT8, SCALE_MIN, Format, check_scale, lsq_factor
 
 _BLOCK = 4096
+_SMALLEST_BLOCK = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,6 +50,37 @@ def _is_for_triton(x: Tensor, scale: Tensor) -> bool:
     )
 
 
+def fake_quantize_weight(weight: Tensor, scale: Callable[[], Tensor], *, axis: int | None = None, fmt: Format = INT8) -> Tensor:
+    """:func:`fake_quantize` of a weight whose range is its own largest magnitude, found and applied in one launch.
+
+    No finite weight then lies outside of its range, so the gradient passes as it is.
+
+    Args:
+        weight: float32, float16 or bfloat16.
+        scale: Computes the scale of ``weight`` along ``axis``, where there is no kernel for it.
+        axis: Channel dimension; the kernel takes dimension 0 of weights whose channels lie one after the other in memory.
+        fmt: Number format.
+
+    Returns:
+        Same shape and dtype as ``weight``.
+    """
+    if axis != 0 or not _has_rows(weight) or not _is_for_triton(weight, weight):
+        return fake_quantize(weight, scale(), axis=axis, fmt=fmt)
+    return _FakeQuantizeWeight.apply(weight, fmt)
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether the elements of each index of dimension 0 lie together in memory, without gaps."""
+    if x.ndim < 2 or x.numel() == 0 or (x.shape[0] > 1 and x.stride(0) != x.numel() // x.shape[0]):
+        return False
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def _dense(x: Tensor, like: Tensor) -> Tensor:
     """``x``, or a copy, with its elements in memory as those of ``like``, which has no gaps."""
     same = all(a == b for a, b, size in zip(x.stride(), like.stride(), x.shape, strict=True) if size > 1)
@@ -71,6 +104,37 @@ def _forward(x: Tensor, scale: Tensor, axis: int | None, fmt: Format, with_mask:
             x, scale.contiguous(), y, mask, x.numel(), period, channels, fmt.qmin, fmt.qmax, axis is not None, with_mask, _BLOCK
         )
     return y, mask
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, fmt: Format) -> Tensor:
+        from .triton_kernels import weight_kernel
+
+        y = torch.empty_like(weight)
+        size = weight.numel() // weight.shape[0]
+        block = min(max(1 << (size - 1).bit_length(), _SMALLEST_BLOCK), _BLOCK)
+        with torch.cuda.device_of(weight):
+            weight_kernel[(weight.shape[0],)](weight, y, size, SCALE_MIN, fmt.qmin, fmt.qmax, block)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], weight: Tensor, fmt: Format) -> tuple[Tensor, int]:
+        """By the composite, as above."""
+
+        def composite(weight: Tensor) -> Tensor:
+            amax = weight.detach().abs().amax(list(range(1, weight.ndim)))
+            return numerics.fake_quantize(weight, numerics.amax_to_scale(amax, fmt), axis=0, fmt=fmt)
+
+        return torch.vmap(composite, in_dims[:1])(weight), 0
 
 
 class _FakeQuantize(torch.autograd.Function):

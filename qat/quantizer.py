@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import QATError
-from .kernels import fake_quantize
+from .kernels import fake_quantize, fake_quantize_weight
 from .numerics import INT8, SCALE_MIN, Format, amax_to_scale, fake_quantize_node
 
 
@@ -121,7 +121,7 @@ class Quantizer(nn.Module):
         if self.state is State.QUANTIZING:
             if (known := self._result_for(x)) is not None:
                 return known
-            result = fake_quantize(x, self.range_scale(x), axis=self.axis, fmt=self.fmt)
+            result = self._fake_quantize(x)
             self._remember(x, result)
             return result
         if self.state is State.COLLECTING and self.observer is not None:
@@ -178,6 +178,9 @@ class Quantizer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_kept": None}
+
+    def _fake_quantize(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.range_scale(x), axis=self.axis, fmt=self.fmt)
 
     def range_scale(self, x: Tensor) -> Tensor:
         """The scale to quantize ``x`` with."""
@@ -250,6 +253,11 @@ class WeightQuantizer(Quantizer):
             return weight.abs().to(torch.float32)
         # Two reductions read less than one of abs() writes.
         return torch.maximum(weight.amax(dims), -weight.amin(dims)).to(torch.float32)
+
+    def _fake_quantize(self, x: Tensor) -> Tensor:
+        if not self.follow:
+            return super()._fake_quantize(x)
+        return fake_quantize_weight(x, lambda: self.range_scale(x), axis=self.axis, fmt=self.fmt)
 
     def range_scale(self, x: Tensor) -> Tensor:
         return amax_to_scale(self.weight_amax(x), self.fmt) if self.follow else self.scale

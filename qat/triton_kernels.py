@@ -82,22 +82,23 @@ def learned_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def weight_kernel(  # type: ignore[no-untyped-def]
-    w_ptr, y_ptr, amax_ptr, size, SCALE_MIN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK: tl.constexpr
+    w_ptr, y_ptr, size, SCALE_MIN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One output channel a program: its largest magnitude, and the channel quantized with the range that follows from it."""
+    """One output channel a program: its largest magnitude, and the channel quantized with the scale that follows from it."""
     row = tl.program_id(0).to(tl.int64) * size
     amax = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         w = tl.load(w_ptr + row + at, at < size, other=0.0).to(tl.float32)
         amax = tl.maximum(amax, tl.abs(w), propagate_nan=tl.PropagateNan.ALL)
-    top = tl.reduce(amax, 0, _maximum)
-    tl.store(amax_ptr + tl.program_id(0), top)
-    scale = tl.maximum(tl.div_rn(top, QMAX * 1.0), SCALE_MIN, propagate_nan=tl.PropagateNan.ALL)
+    # Divided in a block, since that is what div_rn takes.
+    top = tl.reduce(amax, 0, _maximum) + tl.zeros((BLOCK,), tl.float32)
+    least = tl.zeros((BLOCK,), tl.float32) + SCALE_MIN
+    scale = tl.maximum(tl.div_rn(top, tl.zeros((BLOCK,), tl.float32) + QMAX), least, propagate_nan=tl.PropagateNan.ALL)
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         w = tl.load(w_ptr + row + at, at < size, other=0.0).to(tl.float32)
-        code = _round(tl.div_rn(w, scale + tl.zeros((BLOCK,), tl.float32)), QMIN, QMAX)
+        code = _round(tl.div_rn(w, scale), QMIN, QMAX)
         clamped = tl.where(code < QMIN, QMIN * 1.0, tl.where(code > QMAX, QMAX * 1.0, code))
         tl.store(y_ptr + row + at, (clamped * scale).to(y_ptr.dtype.element_ty), at < size)
 

@@ -14,6 +14,7 @@ import torch
 
 import qat.kernels
 import qat.numerics
+import qat.quantizer
 from qat.errors import QATError
 from qat.numerics import INT4, INT8
 
@@ -130,6 +131,50 @@ def test_the_input_is_not_saved(device):
     (mask,) = y.grad_fn.saved_tensors
     assert mask.dtype == torch.int32
     assert mask.numel() == -(-x.numel() // 32)
+
+
+WEIGHTS = {
+    "convolution": lambda x: x,
+    "channels-last": lambda x: x.to(memory_format=torch.channels_last),
+    "linear": lambda x: x.flatten(1),
+    "one a channel": lambda x: x[:, :1, :1, 0].flatten(1).contiguous(),
+    "one channel": lambda x: x[:1],
+    "long channels": lambda x: x.repeat(1, 8, 4, 1),
+    "channels that do not lie together": lambda x: x.transpose(0, 1),
+    "gaps": lambda x: x[:, :, 1:],
+}
+
+
+@on_all
+@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("layout", WEIGHTS)
+def test_weight_with_the_range_that_follows_it(device, layout, axis, fmt):
+    x = values(*device).nan_to_num(0.5, 1.0, -1.0).clamp(-9, 9)
+    x[-1] = 0  # the smallest scale
+    weight = WEIGHTS[layout](x)
+    site = qat.quantizer.WeightQuantizer(fmt, axis=axis, channels=weight.shape[0])
+    scale = site.range_scale(weight)
+    grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight)
+    found = []
+    for function in (
+        lambda w: qat.numerics.fake_quantize(w, scale, axis=axis, fmt=fmt),
+        lambda w: qat.kernels.fake_quantize_weight(w, lambda: scale, axis=axis, fmt=fmt),
+    ):
+        w = weight.detach().requires_grad_()
+        y = function(w)
+        found.append((y.detach(), *torch.autograd.grad(y, w, grad)))
+    same_bits(found[1][0], found[0][0])
+    same_bits(found[1][1], found[0][1])
+
+
+@on_all
+def test_a_damaged_weight_stays_damaged(device):
+    weight = values(*device).nan_to_num(0.5, 1.0, -1.0)
+    weight[0, 0, 0, 0] = math.nan
+    y = qat.kernels.fake_quantize_weight(weight, lambda: None, axis=0)
+    assert y[0].isnan().all()
+    assert not y[1:].isnan().any()
 
 
 @on_all
