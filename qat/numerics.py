@@ -117,8 +117,8 @@ def round_quotient(x: Tensor, scale: Tensor, ratio: Tensor, fmt: Format) -> Tens
         Shape of ``x``, float32, right within ``[fmt.qmin, fmt.qmax]`` and beyond these limits outside of them.
     """
     tie = ratio.clamp(fmt.qmin - 1, fmt.qmax + 1).floor() + 0.5
-    high = (scale.view(torch.int32) & ~0xFFF).view(torch.float32)
-    rest = (x - tie * high) - tie * (scale - high)
+    high, low = _halves(scale)
+    rest = (x - tie * high) - tie * low
     # A quotient nearer to the tie than half a unit in its last place rounds to the tie itself, and that to even.
     exponent = (tie.view(torch.int32) & 0x7F800000).view(torch.float32)
     near = scale * exponent * 2.0**-24
@@ -126,9 +126,30 @@ def round_quotient(x: Tensor, scale: Tensor, ratio: Tensor, fmt: Format) -> Tens
 
 
 def _clipped_compiled(value: Tensor, x: Tensor, scale: Tensor, ratio: Tensor, fmt: Format) -> Tensor:
-    """``value`` where ``x / scale`` rounds into the range, else 0; ``ratio`` is about that quotient."""
-    code = round_quotient(x, scale, ratio, fmt)
-    return torch.where((code >= fmt.qmin) & (code <= fmt.qmax), value, 0)
+    """``value`` where ``x / scale`` rounds into the range, else 0.
+
+    The quotient rounds out of the range from the middle between the upper tie and the float32 below it on, and below the middle
+    between the lower tie and the float32 beyond it. ``x`` is compared with these multiples of ``scale`` by a remainder, exact
+    as in :func:`round_quotient`. A comparison is all there is, so that compilers recompute it rather than keep its result: a
+    rounding, or anything with bits, they would keep for the backward pass.
+    """
+    high, low = _halves(scale)
+    above, below = fmt.qmax + 0.5, fmt.qmin - 0.5
+    over = (x - above * high) - above * low
+    under = (x - below * high) - below * low
+    inside = (over < -_half_unit(above) * scale) & (under >= -_half_unit(below) * scale)
+    return torch.where(inside, value, 0)
+
+
+def _halves(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 of 12 significant bits at most, whose sum is ``scale``."""
+    high = (scale.view(torch.int32) & ~0xFFF).view(torch.float32)
+    return high, scale - high
+
+
+def _half_unit(value: float) -> float:
+    """Half a unit in the last place of ``value`` as float32."""
+    return 2.0 ** (math.frexp(value)[1] - 25)
 
 
 def _clipped_eager(value: Tensor, x: Tensor, scale: Tensor, ratio: Tensor, fmt: Format) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .errors import QATError
 from .kernels import fake_quantize, fake_quantize_weight
@@ -121,6 +122,10 @@ class Quantizer(nn.Module):
         if self.state is State.QUANTIZING:
             if (known := self._result_for(x)) is not None:
                 return known
+            if self.readers > 1 and torch.compiler.is_compiling() and torch.is_grad_enabled():
+                # Where branches meet, compilers would keep the result and what tells whether it was clipped, for the backward
+                # pass: more than the tensor itself, from which both follow.
+                return checkpoint(self._fake_quantize, x, use_reentrant=False, preserve_rng_state=False)
             result = self._fake_quantize(x)
             self._remember(x, result)
             return result
