@@ -39,15 +39,13 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def runs_triton(x: Tensor) -> bool:
+    """Whether there are kernels for ``x``: floating, not empty, on CUDA, eager, and Triton is installed."""
+    return x.is_cuda and not torch.compiler.is_compiling() and x.dtype in _DTYPES and x.numel() > 0 and _has_triton()
+
+
 def _is_for_triton(x: Tensor, scale: Tensor) -> bool:
-    return (
-        x.is_cuda
-        and scale.device == x.device
-        and not torch.compiler.is_compiling()
-        and x.dtype in _DTYPES
-        and x.numel() > 0
-        and _has_triton()
-    )
+    return scale.device == x.device and runs_triton(x)
 
 
 def fake_quantize_weight(weight: Tensor, scale: Callable[[], Tensor], *, axis: int | None = None, fmt: Format = INT8) -> Tensor:

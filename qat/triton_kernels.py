@@ -11,6 +11,9 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 # Bits of one word of a mask.
 WORD = 32
+# tl.histogram counts by atomics in shared memory from 3.8 on. Before, it takes a number of instructions in proportion to the
+# number of bins for each value, and spills registers.
+FAST_HISTOGRAM = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 
 
 @triton.jit
@@ -106,3 +109,74 @@ def weight_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _maximum(a, b):  # type: ignore[no-untyped-def]
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _magnitude_bits(x_ptr, at, size):  # type: ignore[no-untyped-def]
+    """Of ``abs(x)`` as float32: ordered like the magnitudes, infinity above all numbers, NaN above that. 0 beyond ``size``."""
+    return tl.load(x_ptr + at, at < size, other=0.0).to(tl.float32).to(tl.int32, bitcast=True) & 2147483647
+
+
+@triton.jit
+def largest_kernel(x_ptr, words_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Raise the first word to the bits of the largest magnitude."""
+    first, step = tl.program_id(0).to(tl.int64) * BLOCK, tl.num_programs(0).to(tl.int64) * BLOCK
+    largest = tl.zeros((BLOCK,), tl.int32)
+    for start in range(first, size, step):
+        largest = tl.maximum(largest, _magnitude_bits(x_ptr, start + tl.arange(0, BLOCK), size))
+    bits = tl.max(largest, 0)
+    # The word only rises, so that an old value costs an atomic operation at worst; most programs need none.
+    if bits > tl.load(words_ptr):
+        tl.atomic_max(words_ptr, bits, sem="relaxed")
+
+
+@triton.jit
+def widen_kernel(words_ptr, counts_ptr, MIN_EXPONENT: tl.constexpr, LOG2_BINS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One set of counts a program: widen its bins until the largest magnitude falls into one."""
+    BINS: tl.constexpr = 1 << LOG2_BINS
+    row = tl.program_id(0)
+    level = tl.load(words_ptr + 1 + row)
+    # 126 and not 127: the bins end above the largest magnitude. Zero and subnormal numbers have the least stored exponent.
+    wanted = tl.maximum((tl.load(words_ptr) >> 23) - (126 + LOG2_BINS + MIN_EXPONENT), 0)
+    if wanted > level:
+        at = counts_ptr + row * BINS + tl.arange(0, BINS)
+        counts = tl.load(at)
+        for _ in range(tl.minimum(wanted - level, LOG2_BINS)):
+            pairs = tl.sum(tl.reshape(counts, (BINS // 2, 2)), 1)
+            counts = tl.reshape(tl.permute(tl.join(pairs, tl.zeros_like(pairs)), (1, 0)), (BINS,))
+        # All threads must have read before one writes.
+        tl.debug_barrier()
+        tl.store(at, counts)
+        tl.store(words_ptr + 1 + row, wanted)
+
+
+@triton.jit
+def count_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, words_ptr, counts_ptr, size,
+    SETS: tl.constexpr, MIN_EXPONENT: tl.constexpr, LOG2_BINS: tl.constexpr, LOCAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Count ``floor(abs(x) / width)``, by a histogram of each block (``LOCAL``) or by an atomic addition for each value."""
+    BINS: tl.constexpr = 1 << LOG2_BINS
+    row = tl.program_id(0) % SETS
+    counts_ptr += row * BINS
+    # 2 ** -exponent, put together from its bits. Subnormal magnitudes fall into the first bin, flushed to zero or not.
+    factor = ((127 - MIN_EXPONENT - tl.load(words_ptr + 1 + row)) << 23).to(tl.float32, bitcast=True)
+    first, step = tl.program_id(0).to(tl.int64) * BLOCK, tl.num_programs(0).to(tl.int64) * BLOCK
+    counts = tl.zeros((BINS,), tl.int32)
+    in_first_bin = tl.zeros((BLOCK,), tl.int32)
+    for start in range(first, size, step):
+        at = start + tl.arange(0, BLOCK)
+        bits = _magnitude_bits(x_ptr, at, size)
+        # Infinity and NaN, which end in an error, have no bin.
+        bits = tl.where(bits < 2139095040, bits, 0)
+        bins = (bits.to(tl.float32, bitcast=True) * factor).to(tl.int32)
+        if LOCAL:
+            counts += tl.histogram(bins, BINS, at < size)
+        else:
+            # Half of what leaves a ReLU are zeros: too many for one address.
+            in_first_bin += ((bins == 0) & (at < size)).to(tl.int32)
+            tl.atomic_add(counts_ptr + bins, tl.full((BLOCK,), 1, tl.int64), (bins != 0) & (at < size), sem="relaxed")
+    if LOCAL:
+        tl.atomic_add(counts_ptr + tl.arange(0, BINS), counts.to(tl.int64), counts != 0, sem="relaxed")
+    else:
+        tl.atomic_add(counts_ptr, tl.sum(in_first_bin, 0).to(tl.int64), sem="relaxed")

@@ -20,7 +20,7 @@ from ..modes import evaluating, uncompiled
 from ..quantizer import Quantizer, State, WeightQuantizer, quantizers
 from .batches import run_batch
 from .methods import check_method
-from .observers import HistogramObserver, SiteObserver, WeightObserver
+from .observers import HistogramObserver, SiteObserver, WeightObserver, settle
 from .reduce import failed_ranks, rank, reduce_observers
 from .result import Calibration
 
@@ -41,7 +41,8 @@ def calibrate(
     ``method`` takes the ranges; weights get their maximum. In a distributed run every rank passes its own data, and all
     end with the ranges of the union, exactly as if one process had seen it.
 
-    If anything fails, the model is left as it was.
+    If anything fails, the model is left as it was. On CUDA the pass neither copies anything to the host nor waits for the
+    device, unless the model or the data do; a NaN or Inf is therefore reported at its end.
 
     Args:
         model: After ``qat.prepare``. Ranges it already has are replaced.
@@ -86,11 +87,13 @@ def calibrate(
         raise QATError("model: is on the meta device. Load its weights first")
 
     with _unchanged_on_failure(sites):
-        activations, weights = _attach_observers(sites)
+        log: list[SiteObserver] = []
+        activations, weights = _attach_observers(sites, log)
         failed = True
         try:
             with evaluating(model), _isolated_random(model), torch.no_grad(), uncompiled():
                 _run(model, data, batches, progress and rank() == 0)
+            settle(log)
             failed = False
         finally:
             # Also on the way out of an exception: the other ranks are waiting.
@@ -131,14 +134,16 @@ def _is_function(data: Any) -> bool:
     return callable(data) and not hasattr(data, "__iter__")
 
 
-def _attach_observers(sites: Mapping[str, Quantizer]) -> tuple[dict[str, HistogramObserver], dict[str, WeightObserver]]:
+def _attach_observers(
+    sites: Mapping[str, Quantizer], log: list[SiteObserver]
+) -> tuple[dict[str, HistogramObserver], dict[str, WeightObserver]]:
     activations: dict[str, HistogramObserver] = {}
     weights: dict[str, WeightObserver] = {}
     for path, site in sites.items():
         if isinstance(site, WeightQuantizer):
-            site.observer = weights[path] = WeightObserver(path, site)
+            site.observer = weights[path] = WeightObserver(path, site, log)
         else:
-            site.observer = activations[path] = HistogramObserver(path, device=site.amax.device)
+            site.observer = activations[path] = HistogramObserver(path, log, device=site.amax.device)
         site.state = State.COLLECTING
     return activations, weights
 

@@ -9,10 +9,13 @@ they were spread over the ranks of a distributed run.
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..errors import QATError
 
 BINS = 4096
@@ -41,6 +44,16 @@ def largest_magnitude(x: Tensor) -> float:
     return float(torch.maximum(-low, high).to(torch.float32))
 
 
+def float_of_bits(bits: int) -> float:
+    """The float32 that an int32 holds.
+
+    Example:
+        >>> float_of_bits(0x40490FDB)
+        3.1415927410125732
+    """
+    return float(struct.unpack("<f", struct.pack("<i", bits))[0])
+
+
 def coarsen(counts: Tensor, shift: int) -> Tensor:
     """``counts`` of shape ``(BINS,)`` for bins ``2 ** shift`` times as wide.
 
@@ -54,8 +67,51 @@ def coarsen(counts: Tensor, shift: int) -> Tensor:
     return torch.nn.functional.pad(merged, (0, BINS - len(merged)))
 
 
+class _DeviceCounts:
+    """Counts on a CUDA device of tensors that the host never looks at: nothing is copied to it, nothing waits.
+
+    Three kernels a tensor read it twice. All start values are zero, since any other would be copied from the host.
+
+    Args:
+        device: Where the tensors are.
+
+    Attributes:
+        words: int32, shape ``(1 + sets,)``: the bits of the largest magnitude as a float32, which are ordered like the
+            magnitudes (NaN above infinity above all numbers); and the exponent of the bins of each set, less ``MIN_EXPONENT``.
+        counts: int64, shape ``(sets, BINS)``; their sum counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        from ..triton_kernels import FAST_HISTOGRAM
+
+        self._local = FAST_HISTOGRAM
+        # Without histograms of blocks, each value is an atomic operation, and those on the same address wait for each other.
+        sets = 1 if self._local else 16
+        self.words = torch.zeros(1 + sets, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(sets, BINS, dtype=torch.int64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Count the values of ``x``: one dimension, contiguous, on the device."""
+        from ..triton_kernels import count_kernel, largest_kernel, widen_kernel
+
+        # Enough programs for the largest devices; each has to merge what it found with the others.
+        block, programs = (8192, 512) if self._local else (4096, 2048)
+        grid = (min(-(-x.numel() // block), programs),)
+        sets, log2_bins = len(self.counts), BINS.bit_length() - 1
+        with torch.cuda.device_of(x):
+            largest_kernel[(min(-(-x.numel() // 4096), 2048),)](x, self.words, x.numel(), 4096, num_warps=8)
+            widen_kernel[(sets,)](self.words, self.counts, MIN_EXPONENT, log2_bins, num_warps=8)
+            count_kernel[grid](
+                x, self.words, self.counts, x.numel(), sets, MIN_EXPONENT, log2_bins, self._local, block,
+                num_warps=block // 512,
+            )  # fmt: skip
+
+
 class Histogram:
     """Counts of ``abs(x)`` in at most ``BINS`` bins: between half of them and all are in use.
+
+    What is added on CUDA is counted there without the host's knowledge. The first look at an attribute afterwards fetches the
+    largest magnitude, which waits for the device.
 
     Args:
         name: What error messages call the data.
@@ -66,6 +122,9 @@ class Histogram:
         exponent: The bin width is ``2 ** exponent``.
         amax: The largest magnitude, exactly.
 
+    Raises:
+        QATError: On the look at an attribute, if a NaN or an infinity was added on CUDA.
+
     Example:
         >>> histogram = Histogram()
         >>> histogram.add(torch.tensor([0.0, -1.5, 3.0]))
@@ -75,9 +134,30 @@ class Histogram:
 
     def __init__(self, name: str = "histogram", *, device: torch.device | None = None) -> None:
         self.name = name
-        self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
-        self.exponent = MIN_EXPONENT
-        self.amax = 0.0
+        self._counts = torch.zeros(BINS, dtype=torch.int64, device=device)
+        self._exponent = MIN_EXPONENT
+        self._amax = 0.0
+        self._pending: _DeviceCounts | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        self.settle()
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: Tensor) -> None:
+        self.settle()
+        self._counts = counts
+
+    @property
+    def exponent(self) -> int:
+        self.settle()
+        return self._exponent
+
+    @property
+    def amax(self) -> float:
+        self.settle()
+        return self._amax
 
     @property
     def width(self) -> float:
@@ -96,10 +176,11 @@ class Histogram:
 
     def cover(self, amax: float) -> None:
         """Widen the bins, if need be, until ``amax`` falls into one."""
-        self.amax = max(self.amax, amax)
-        exponent = width_exponent(self.amax)
-        self.counts = coarsen(self.counts, exponent - self.exponent)
-        self.exponent = exponent
+        self.settle()
+        self._amax = max(self._amax, amax)
+        exponent = width_exponent(self._amax)
+        self._counts = coarsen(self._counts, exponent - self._exponent)
+        self._exponent = exponent
 
     def add(self, x: Tensor) -> None:
         """Count the values of ``x``.
@@ -108,28 +189,65 @@ class Histogram:
             x: Any shape and floating dtype; counted as float32. An empty tensor changes nothing.
 
         Raises:
-            QATError: If ``x`` holds a NaN or an infinity. Nothing is counted then.
+            QATError: If ``x`` holds a NaN or an infinity. Nothing is counted then. On CUDA it is raised later: by
+                :meth:`settle`, or by the look at an attribute.
         """
         if x.numel() == 0:
             return
         x = x.detach()
-        amax = largest_magnitude(x)
-        if not math.isfinite(amax):
-            raise QATError(
-                f"{self.name}: NaN or Inf seen. Check what the model is fed and its weights; a model in float16 may overflow"
-            )
-        self.cover(amax)
         # The order of values does not matter: reading them as they lie in memory saves a copy (channels_last).
         flat = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)
+        if kernels.runs_triton(x):
+            if self._pending is not None and self._pending.counts.device != x.device:
+                self.settle()
+            if self._pending is None:
+                self._pending = _DeviceCounts(x.device)
+            self._pending.add(flat)
+            return
+        amax = largest_magnitude(x)
+        if not math.isfinite(amax):
+            raise self._refusal()
+        self.cover(amax)
         counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
         for chunk in flat.split(_CHUNK_CPU if x.device.type == "cpu" else _CHUNK):
             # Not torch.histc: its counts are float32, and on CUDA its rounding may move a value to the next bin.
-            bins = chunk.to(torch.float32).abs().mul_(math.ldexp(1.0, -self.exponent)).to(torch.int32)
+            bins = chunk.to(torch.float32).abs().mul_(math.ldexp(1.0, -self._exponent)).to(torch.int32)
             counts += torch.bincount(bins, minlength=BINS)
-        # Out of place: data(model) may run in inference mode, whose tensors cannot be changed outside of it.
-        self.counts = self.counts + counts.to(self.counts.device)
+        self._add_counts(counts)
 
     def merge(self, other: Histogram) -> None:
         """Add the content of ``other``, which is left as it is."""
         self.cover(other.amax)
-        self.counts = self.counts + coarsen(other.counts, self.exponent - other.exponent).to(self.counts.device)
+        self._add_counts(coarsen(other.counts, self.exponent - other.exponent))
+
+    def status(self) -> Tensor | None:
+        """What :meth:`settle` has to know: int32, shape ``(2,)``, on the device; ``None`` if there is nothing to settle."""
+        return None if self._pending is None else self._pending.words[:2]
+
+    def settle(self, status: Sequence[int] | None = None) -> None:
+        """Take over what was counted on a device.
+
+        Args:
+            status: The values of :meth:`status`, fetched together with those of other histograms; ``None`` fetches them.
+
+        Raises:
+            QATError: If a NaN or an infinity was among the values. What was counted on the device is not taken over then.
+        """
+        if self._pending is None:
+            return
+        bits, level = self._pending.words[:2].tolist() if status is None else status
+        amax = float_of_bits(bits)
+        if not math.isfinite(amax):
+            raise self._refusal()
+        counts, self._pending = self._pending.counts.sum(dim=0), None
+        self.cover(amax)
+        self._add_counts(coarsen(counts, self._exponent - (level + MIN_EXPONENT)))
+
+    def _add_counts(self, counts: Tensor) -> None:
+        # Out of place: data(model) may run in inference mode, whose tensors cannot be changed outside of it.
+        self._counts = self._counts + counts.to(self._counts.device)
+
+    def _refusal(self) -> QATError:
+        return QATError(
+            f"{self.name}: NaN or Inf seen. Check what the model is fed and its weights; a model in float16 may overflow"
+        )

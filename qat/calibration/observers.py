@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import QATError
 from ..quantizer import WeightQuantizer
-from .histogram import Histogram
+from .histogram import Histogram, float_of_bits
 
 
 class _Repeats:
@@ -30,15 +32,39 @@ class _Repeats:
 class SiteObserver:
     """What both observers share.
 
+    Nothing that they do on a GPU waits for it: what they may have to refuse there shows in :func:`settle`.
+
+    Args:
+        path: Of the site.
+        log: Observers in the order in which they first saw data; this one adds itself.
+
     Attributes:
         path: Of the site; error messages name it.
         seen: Whether any data came by.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, log: list[SiteObserver] | None = None) -> None:
         self.path = path
         self.seen = False
+        self._log = log
         self._repeats = _Repeats()
+
+    def status(self) -> Tensor | None:
+        """What :meth:`settle` has to know: int32, one dimension; ``None`` if nothing."""
+        raise NotImplementedError
+
+    def settle(self, status: Sequence[int]) -> None:
+        """Finish what was left open so as not to wait for the device.
+
+        Raises:
+            QATError: If a NaN or an infinity was seen.
+        """
+        raise NotImplementedError
+
+    def _saw_data(self) -> None:
+        if not self.seen and self._log is not None:
+            self._log.append(self)
+        self.seen = True
 
 
 class HistogramObserver(SiteObserver):
@@ -48,17 +74,25 @@ class HistogramObserver(SiteObserver):
 
     Args:
         path: Of the site.
+        log: As of :class:`SiteObserver`.
         device: Where the counts live.
     """
 
-    def __init__(self, path: str, *, device: torch.device | None = None) -> None:
-        super().__init__(path)
+    def __init__(self, path: str, log: list[SiteObserver] | None = None, *, device: torch.device | None = None) -> None:
+        super().__init__(path, log)
         self.histogram = Histogram(path, device=device)
 
     def observe(self, x: Tensor) -> None:
         if x.numel() and not self._repeats.is_repeat(x):
+            # First, so that the log tells which of several sites saw a NaN first.
+            self._saw_data()
             self.histogram.add(x)
-            self.seen = True
+
+    def status(self) -> Tensor | None:
+        return self.histogram.status()
+
+    def settle(self, status: Sequence[int]) -> None:
+        self.histogram.settle(status)
 
 
 class WeightObserver(SiteObserver):
@@ -69,10 +103,11 @@ class WeightObserver(SiteObserver):
     Args:
         path: Of the site.
         site: Says along which axis the range is taken.
+        log: As of :class:`SiteObserver`.
     """
 
-    def __init__(self, path: str, site: WeightQuantizer) -> None:
-        super().__init__(path)
+    def __init__(self, path: str, site: WeightQuantizer, log: list[SiteObserver] | None = None) -> None:
+        super().__init__(path, log)
         self.site = site
         self.amax = torch.zeros_like(site.amax, requires_grad=False)
 
@@ -80,7 +115,37 @@ class WeightObserver(SiteObserver):
         if not weight.numel() or self._repeats.is_repeat(weight):
             return
         amax = self.site.weight_amax(weight)
-        if not bool(amax.isfinite().all()):
-            raise QATError(f"{self.path}: NaN or Inf seen. The weight is damaged: load or train it anew")
+        if amax.device.type == "cpu" and not bool(amax.isfinite().all()):
+            raise self._refusal()
         self.amax = torch.maximum(self.amax, amax)
-        self.seen = True
+        self._saw_data()
+
+    def status(self) -> Tensor | None:
+        # Maxima keep NaN and infinity.
+        return None if self.amax.device.type == "cpu" else self.amax.max().reshape(1).view(torch.int32)
+
+    def settle(self, status: Sequence[int]) -> None:
+        if not math.isfinite(float_of_bits(status[0])):
+            raise self._refusal()
+
+    def _refusal(self) -> QATError:
+        return QATError(f"{self.path}: NaN or Inf seen. The weight is damaged: load or train it anew")
+
+
+def settle(observers: Sequence[SiteObserver]) -> None:
+    """Finish the work of ``observers``, with one copy from each device that they used.
+
+    Args:
+        observers: Those that saw data, in that order.
+
+    Raises:
+        QATError: If one saw a NaN or an infinity; names the first.
+    """
+    statuses = {observer: status for observer in observers if (status := observer.status()) is not None}
+    values: dict[SiteObserver, list[int]] = {}
+    for device in {status.device for status in statuses.values()}:
+        there = {observer: status for observer, status in statuses.items() if status.device == device}
+        fetched = iter(torch.cat(list(there.values())).tolist())
+        values.update({observer: [next(fetched) for _ in range(status.numel())] for observer, status in there.items()})
+    for observer in statuses:
+        observer.settle(values[observer])
