@@ -171,7 +171,7 @@ def test_a_tensor_with_several_readers_is_quantized_once(monkeypatch):
     monkeypatch.setattr(
         qat.quantizer, "fake_quantize", lambda t, scale, **settings: calls.append(1) or original(t, scale, **settings)
     )
-    sites = [site for _, site in qat.quantizer.quantizers(model)]
+    sites = [site for _, site in qat.quantizer.quantizers(model) if not isinstance(site, qat.quantizer.WeightQuantizer)]
     model.train()(x)
     assert len(calls) == len(sites)
     assert sum(site.readers for site in sites) > len(sites)
