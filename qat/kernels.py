@@ -7,6 +7,7 @@ unless the scale is learned.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -25,13 +26,26 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def fake_quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: Format = INT8) -> Tensor:
     """:func:`qat.numerics.fake_quantize`, with the same arguments, result and errors."""
-    if not _is_for_triton(x, scale):
-        return numerics.fake_quantize(x, scale, axis=axis, fmt=fmt)
-    if scale.requires_grad and axis is not None:
-        # Learned ranges of weights: too few elements to be worth kernels of their own.
+    # Learned ranges of weights: too few elements to be worth kernels of their own.
+    if not runs_triton(x, scale) or (scale.requires_grad and axis is not None):
         return numerics.fake_quantize(x, scale, axis=axis, fmt=fmt)
     check_scale(x, scale, axis)
-    return _FakeQuantize.apply(x, scale, axis, fmt, lsq_factor(x, scale, fmt))[0]
+    return _run(x, scale, axis, fmt, 0.0)
+
+
+def fake_quantize_range(x: Tensor, amax: Tensor, *, axis: int | None = None, fmt: Format = INT8) -> Tensor:
+    """:func:`fake_quantize` with the scale of the range ``amax``; a kernel computes it, too.
+
+    Args:
+        x: As there.
+        amax: ``>= 0``, float32. Scalar, or shape ``(x.shape[axis],)``.
+        axis: Channel dimension of a per-channel range.
+        fmt: Number format.
+    """
+    if amax.requires_grad or not runs_triton(x, amax):
+        return fake_quantize(x, numerics.amax_to_scale(amax, fmt), axis=axis, fmt=fmt)
+    check_scale(x, amax, axis)
+    return _run(x, amax, axis, fmt, SCALE_MIN)
 
 
 @functools.cache
@@ -39,13 +53,19 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def runs_triton(x: Tensor) -> bool:
-    """Whether there are kernels for ``x``: floating, not empty, on CUDA, eager, and Triton is installed."""
-    return x.is_cuda and not torch.compiler.is_compiling() and x.dtype in _DTYPES and x.numel() > 0 and _has_triton()
+def runs_triton(*tensors: Tensor) -> bool:
+    """Whether there are kernels for these: floating, not empty, on one CUDA device, eager, and Triton is installed."""
+    x = tensors[0]
+    if not x.is_cuda or torch.compiler.is_compiling() or is_transformed():
+        return False
+    same = all(t.device == x.device for t in tensors[1:])
+    return same and x.dtype in _DTYPES and x.numel() > 0 and _has_triton()
 
 
-def _is_for_triton(x: Tensor, scale: Tensor) -> bool:
-    return scale.device == x.device and runs_triton(x)
+def is_transformed() -> bool:
+    """Whether torch.func transforms are at work (vmap, grad): the composite lets them see every operator."""
+    # What torch.autograd.Function.apply asks as well; torch has no public name for it.
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def fake_quantize_weight(weight: Tensor, scale: Callable[[], Tensor], *, axis: int | None = None, fmt: Format = INT8) -> Tensor:
@@ -62,7 +82,7 @@ def fake_quantize_weight(weight: Tensor, scale: Callable[[], Tensor], *, axis: i
     Returns:
         Same shape and dtype as ``weight``.
     """
-    if axis != 0 or not _has_rows(weight) or not _is_for_triton(weight, weight):
+    if axis != 0 or not _has_rows(weight) or not runs_triton(weight):
         return fake_quantize(weight, scale(), axis=axis, fmt=fmt)
     return _FakeQuantizeWeight.apply(weight, fmt)
 
@@ -79,105 +99,101 @@ def _has_rows(x: Tensor) -> bool:
     return True
 
 
+def _run(x: Tensor, range_: Tensor, axis: int | None, fmt: Format, scale_min: float) -> Tensor:
+    """Quantize with a range, or with a scale where ``scale_min`` is 0."""
+    if torch.is_grad_enabled() and (x.requires_grad or range_.requires_grad):
+        return _FakeQuantize.apply(x, range_, axis, fmt, scale_min)
+    return _forward(x, range_, axis, fmt, scale_min, with_mask=False)[0]
+
+
 def _dense(x: Tensor, like: Tensor) -> Tensor:
     """``x``, or a copy, with its elements in memory as those of ``like``, which has no gaps."""
+    if x.stride() == like.stride():
+        return x
     same = all(a == b for a, b, size in zip(x.stride(), like.stride(), x.shape, strict=True) if size > 1)
     return x if same else torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device of ``x`` the current one, which it mostly is."""
+    current = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return contextlib.nullcontext() if current else torch.cuda.device_of(x)
 
 
 def _grid(size: int) -> tuple[int]:
     return (-(-size // _BLOCK),)
 
 
-def _forward(x: Tensor, scale: Tensor, axis: int | None, fmt: Format, with_mask: bool) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, range_: Tensor, axis: int | None, fmt: Format, scale_min: float, *, with_mask: bool
+) -> tuple[Tensor, Tensor | None]:
     from .triton_kernels import WORD, quantize_kernel
 
     # Where x has gaps or overlaps, a result of that layout has none.
     y = torch.empty_like(x)
     x = _dense(x, y)
-    mask = torch.empty(-(-x.numel() // WORD) if with_mask else 0, dtype=torch.int32, device=x.device)
+    size = x.numel()
+    mask = torch.empty(-(-size // WORD), dtype=torch.int32, device=x.device) if with_mask else None
     period, channels = (1, 1) if axis is None else (y.stride(axis), y.shape[axis])
-    with torch.cuda.device_of(x):
-        quantize_kernel[_grid(x.numel())](
-            x, scale.contiguous(), y, mask, x.numel(), period, channels, fmt.qmin, fmt.qmax, axis is not None, with_mask, _BLOCK
-        )
+    with _device(x):
+        quantize_kernel[_grid(size)](
+            x, range_.contiguous(), y, y if mask is None else mask, size, period, channels,
+            fmt.qmin, fmt.qmax, scale_min, axis is not None, with_mask, _BLOCK,
+        )  # fmt: skip
     return y, mask
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(weight: Tensor, fmt: Format) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, fmt: Format) -> Tensor:
         from .triton_kernels import weight_kernel
 
         y = torch.empty_like(weight)
         size = weight.numel() // weight.shape[0]
         block = min(max(1 << (size - 1).bit_length(), _SMALLEST_BLOCK), _BLOCK)
-        with torch.cuda.device_of(weight):
+        with _device(weight):
             weight_kernel[(weight.shape[0],)](weight, y, size, SCALE_MIN, fmt.qmin, fmt.qmax, block)
         return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], weight: Tensor, fmt: Format) -> tuple[Tensor, int]:
-        """By the composite, as above."""
-
-        def composite(weight: Tensor) -> Tensor:
-            amax = weight.detach().abs().amax(list(range(1, weight.ndim)))
-            return numerics.fake_quantize(weight, numerics.amax_to_scale(amax, fmt), axis=0, fmt=fmt)
-
-        return torch.vmap(composite, in_dims[:1])(weight), 0
-
 
 class _FakeQuantize(torch.autograd.Function):
-    """Returns the words of the mask besides the result, since what is saved must come in or go out."""
+    """One kernel forward and one backward. ``range_`` is a scale, and may be learned, where ``scale_min`` is 0.
+
+    Forward and its context are one method, since apart they cost 70 microseconds a call: torch binds the arguments anew.
+    """
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, axis: int | None, fmt: Format, factor: float) -> tuple[Tensor, Tensor]:
-        return _forward(x, scale, axis, fmt, with_mask=x.requires_grad and not scale.requires_grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, scale, ctx.axis, ctx.fmt, ctx.factor = inputs
-        y, mask = output
-        ctx.mark_non_differentiable(mask)
+    def forward(ctx: Any, x: Tensor, range_: Tensor, axis: int | None, fmt: Format, scale_min: float) -> Tensor:
+        learned = ctx.needs_input_grad[1]
+        y, mask = _forward(x, range_, axis, fmt, scale_min, with_mask=not learned)
         ctx.set_materialize_grads(False)
-        ctx.learned = scale.requires_grad
-        ctx.layout = torch.empty_like(y, device="meta")
-        ctx.save_for_backward(*((x, scale) if ctx.learned else (mask,)))
+        ctx.layout, ctx.fmt, ctx.learned = (y.shape, y.stride()), fmt, learned
+        if learned:
+            ctx.save_for_backward(x, range_)
+            ctx.factor = lsq_factor(x, range_, fmt)
+        else:
+            ctx.save_for_backward(mask)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return None, None, None, None, None
-        out = torch.empty_like(ctx.layout, dtype=grad.dtype, device=grad.device)
-        grad = _dense(grad, out)
         from .triton_kernels import clip_kernel, learned_kernel
 
-        with torch.cuda.device_of(grad):
+        out = torch.empty_strided(*ctx.layout, dtype=grad.dtype, device=grad.device)
+        grad = _dense(grad, out)
+        size = grad.numel()
+        with _device(grad):
             if not ctx.learned:
-                (mask,) = ctx.saved_tensors
-                clip_kernel[_grid(grad.numel())](grad, mask, out, grad.numel(), _BLOCK)
+                clip_kernel[_grid(size)](grad, ctx.saved_tensors[0], out, size, _BLOCK)
                 return out, None, None, None, None
             x, scale = ctx.saved_tensors
-            sums = torch.empty(_grid(x.numel()), dtype=torch.float32, device=x.device)
-            learned_kernel[_grid(x.numel())](
-                grad, _dense(x, out), scale, out, sums, x.numel(), ctx.fmt.qmin, ctx.fmt.qmax, _BLOCK
-            )
+            sums = torch.empty(_grid(size), dtype=torch.float32, device=x.device)
+            learned_kernel[_grid(size)](grad, _dense(x, out), scale, out, sums, size, ctx.fmt.qmin, ctx.fmt.qmax, _BLOCK)
         return out, sums.sum().reshape(scale.shape) * ctx.factor, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, scale: Tensor, axis: Any, fmt: Format, factor: float) -> Any:
-        """By the composite, which vmap batches operator by operator."""
-
-        def composite(x: Tensor, scale: Tensor) -> Tensor:
-            return numerics.fake_quantize(x, scale, axis=axis, fmt=fmt)
-
-        y = torch.vmap(composite, in_dims[:2])(x, scale)
-        return (y, y.new_empty(0)), (0, None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import QATError
-from .kernels import fake_quantize, fake_quantize_weight
+from .kernels import fake_quantize_range, fake_quantize_weight
 from .numerics import INT8, SCALE_MIN, Format, amax_to_scale, fake_quantize_node
 
 
@@ -31,6 +31,23 @@ class Observer(Protocol):
     """What calibration attaches to a collecting :class:`Quantizer`."""
 
     def observe(self, x: Tensor) -> None: ...
+
+
+class _Memory:
+    """What a :class:`Quantizer` last returned. An object of its own, since setting attributes of a module is slow.
+
+    Attributes:
+        last: The tensor, the result, and what tells whether they still belong together.
+        kept: The result, while there are readers that have not had it.
+        unread: How many these are.
+    """
+
+    __slots__ = ("__weakref__", "kept", "last", "unread")
+
+    def __init__(self) -> None:
+        self.last: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[Any, ...]] | None = None
+        self.kept: Tensor | None = None
+        self.unread = 0
 
 
 class Quantizer(nn.Module):
@@ -57,9 +74,7 @@ class Quantizer(nn.Module):
     axis: int | None = None
     # Modules that read the tensor, each with one call.
     readers: int = 1
-    _last: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[Any, ...]] | None = None
-    _kept: Tensor | None = None
-    _unread: int = 0
+    _memory: _Memory
 
     def __init__(self, fmt: Format = INT8, *, learned: bool = False, device: torch.device | None = None) -> None:
         super().__init__()
@@ -70,6 +85,7 @@ class Quantizer(nn.Module):
         self._register_amax((), learned, device)
 
     def _register_amax(self, shape: tuple[int, ...], learned: bool, device: torch.device | None) -> None:
+        self._memory = _Memory()
         zeros = torch.zeros(shape, dtype=torch.float32, device=device)
         if learned:
             self.amax = nn.Parameter(zeros)
@@ -140,52 +156,49 @@ class Quantizer(nn.Module):
 
         The result is kept until all readers have had it, or its tensor is gone; afterwards only if a layer saved it.
         """
-        if torch.compiler.is_compiling() or self._last is None:
+        # First, since compilers guard what they see.
+        if torch.compiler.is_compiling():
             return None
-        seen, last, state = self._last
+        memory = self._memory
+        if memory.last is None:
+            return None
+        seen, last, state = memory.last
         result = last()
         # Somebody may have changed either in place.
         if seen() is not x or result is None or state != self._call_state(x, result):
             return None
-        self._unread -= 1
-        if self._unread <= 0:
-            self._kept = None
+        memory.unread -= 1
+        if memory.unread <= 0:
+            memory.kept = None
         return result
 
     def _remember(self, x: Tensor, result: Tensor) -> None:
-        if torch.compiler.is_compiling() or type(x) is not Tensor or any(t.is_inference() for t in (x, result, self.amax)):
+        if torch.compiler.is_compiling() or type(x) is not Tensor:
             return
         if result.requires_grad and x.is_leaf:
             # The same leaf may come again after a backward pass, which frees what the result's gradient needs.
             return
+        if x.is_inference() or result.is_inference() or self.amax.is_inference():
+            return
+        memory = self._memory
         # What was kept of another tensor goes first, with its callback.
-        self._kept = self._last = None
-        self._unread = self.readers - 1
-        self._last = (weakref.ref(x, self._forgetting()), weakref.ref(result), self._call_state(x, result))
-        self._kept = result if self._unread > 0 else None
-
-    def _forgetting(self) -> Callable[[Any], None] | None:
-        """Called when a tensor is gone whose result not all readers have had."""
-        if self._unread <= 0:
-            return None
-        this = weakref.ref(self)
-
-        def forget(_: Any) -> None:
-            if (site := this()) is not None:
-                site._kept = None
-
-        return forget
+        memory.kept = memory.last = None
+        memory.unread = self.readers - 1
+        forget = None
+        if memory.unread > 0:
+            memory.kept, forget = result, _forgetting(weakref.ref(memory))
+        memory.last = weakref.ref(x, forget), weakref.ref(result), self._call_state(x, result)
 
     def _call_state(self, x: Tensor, result: Tensor) -> tuple[Any, ...]:
         """What tells whether ``result`` still is what ``x`` gives."""
-        versions = x._version, result._version, self.amax._version
-        return *versions, x.requires_grad, self.amax.requires_grad, torch.is_grad_enabled()
+        amax = self.amax
+        return x._version, result._version, amax._version, x.requires_grad, amax.requires_grad, torch.is_grad_enabled()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None, "_kept": None}
+        return {**self.__dict__, "_memory": _Memory()}
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.range_scale(x), axis=self.axis, fmt=self.fmt)
+        return fake_quantize_range(x, self.amax, axis=self.axis, fmt=self.fmt)
 
     def range_scale(self, x: Tensor) -> Tensor:
         """The scale to quantize ``x`` with."""
@@ -215,6 +228,16 @@ class Quantizer(nn.Module):
         else:
             amax = f"[{self.amax.min().item():.4g}, {self.amax.max().item():.4g}]"
         return f"{self.fmt}, {where}, amax={amax}{learned}, {self.state.value}"
+
+
+def _forgetting(memory: weakref.ref[_Memory]) -> Callable[[Any], None]:
+    """Called when a tensor is gone whose result not all readers have had."""
+
+    def forget(_: Any) -> None:
+        if (alive := memory()) is not None:
+            alive.kept = None
+
+    return forget
 
 
 class WeightQuantizer(Quantizer):

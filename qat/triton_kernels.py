@@ -27,23 +27,34 @@ def _round(ratio, QMIN: tl.constexpr, QMAX: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def _scales(scale_ptr, at, valid, period, channels, PER_CHANNEL: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scales(  # type: ignore[no-untyped-def]
+    range_ptr, at, valid, period, channels,
+    QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, PER_CHANNEL: tl.constexpr,
+):  # fmt: skip
+    """``amax_to_scale`` of the range, or the scale that was given, where ``SCALE_MIN`` is 0."""
     if PER_CHANNEL:
-        return tl.load(scale_ptr + (at // period) % channels, valid, other=1.0)
-    return tl.load(scale_ptr) + tl.zeros(at.shape, tl.float32)
+        scale = tl.load(range_ptr + (at // period) % channels, valid, other=1.0)
+    else:
+        # One element in a block of its own, since div_rn takes blocks.
+        scale = tl.load(range_ptr + tl.arange(0, 1))
+    if SCALE_MIN > 0:
+        scale = tl.div_rn(scale, tl.zeros(scale.shape, tl.float32) + QMAX)
+        scale = tl.maximum(scale, tl.zeros(scale.shape, tl.float32) + SCALE_MIN, propagate_nan=tl.PropagateNan.ALL)
+    return tl.broadcast_to(scale, at.shape)
 
 
 @triton.jit
 def quantize_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, scale_ptr, y_ptr, mask_ptr, size, period, channels,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, PER_CHANNEL: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, range_ptr, y_ptr, mask_ptr, size, period, channels,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, PER_CHANNEL: tl.constexpr, MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``y = clamp(round(x / scale)) * scale``; one bit an element into the words of ``mask``: whether it was in the range."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     at = start + tl.arange(0, BLOCK)
     valid = at < size
     x = tl.load(x_ptr + at, valid, other=0.0).to(tl.float32)
-    scale = _scales(scale_ptr, at, valid, period, channels, PER_CHANNEL)
+    scale = _scales(range_ptr, at, valid, period, channels, QMAX, SCALE_MIN, PER_CHANNEL)
     code = _round(tl.div_rn(x, scale), QMIN, QMAX)
     clamped = tl.where(code < QMIN, QMIN * 1.0, tl.where(code > QMAX, QMAX * 1.0, code))
     tl.store(y_ptr + at, (clamped * scale).to(y_ptr.dtype.element_ty), valid)

@@ -52,7 +52,7 @@ def device(way, request, monkeypatch):
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
     else:
-        monkeypatch.setattr(qat.kernels, "runs_triton", lambda x: x.numel() > 0)
+        monkeypatch.setattr(qat.kernels, "runs_triton", lambda x, *others: x.numel() > 0)
     return torch.device(request.param)
 
 
@@ -67,7 +67,7 @@ def state(device, *batches, by_kernels=True):
 def same_as_on_the_cpu(device, *batches):
     found = state(device, *(batch.to(device) for batch in batches))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qat.kernels, "runs_triton", lambda x: False)
+        patch.setattr(qat.kernels, "runs_triton", lambda *tensors: False)
         counts, *rest = state(torch.device("cpu"), *(batch.cpu() for batch in batches), by_kernels=False)
     torch.testing.assert_close(found[0], counts, rtol=0, atol=0)
     assert list(found[1:]) == rest
@@ -227,7 +227,7 @@ def test_calibration_takes_the_ranges_of_the_cpu_path(device):
     model, reference = small_model().to(device), small_model()
     calibrate(model, images(), progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qat.kernels, "runs_triton", lambda x: False)
+        patch.setattr(qat.kernels, "runs_triton", lambda *tensors: False)
         calibrate(reference, images(), progress=False)
     # The first site reads the images themselves; the convolutions of two devices differ.
     name = "0.input_quantizer"

@@ -32,7 +32,7 @@ def device(request, monkeypatch):
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
         return name, dtype
-    monkeypatch.setattr(qat.kernels, "_is_for_triton", lambda x, scale: x.numel() > 0)
+    monkeypatch.setattr(qat.kernels, "runs_triton", lambda x, *others: x.numel() > 0)
     return name, dtype
 
 
@@ -122,6 +122,29 @@ def test_gradients_of_another_layout(device):
     for other in (grad, grad.transpose(2, 3).contiguous().transpose(2, 3), grad[:, :1].expand_as(grad)):
         expected, found = both(x, scale, other)
         same_bits(found[1], expected[1])
+
+
+@on_all
+@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("axis", [None, 1])
+def test_a_range_is_the_scale_that_follows_from_it(device, axis, fmt):
+    x = values(*device)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        amax = 10 * torch.rand((), generator=generator) if axis is None else 10 * torch.rand(x.shape[1], generator=generator)
+        # Zero is no range, but must not divide by zero.
+        amax = amax.to(x.device) if axis is None else amax.clamp(min=0.5).sub(0.5).to(x.device)
+        grad = torch.randn(x.shape, generator=generator).to(x)
+        found = []
+        for run in (
+            lambda t, a=amax: qat.kernels.fake_quantize_range(t, a, axis=axis, fmt=fmt),
+            lambda t, a=amax: qat.numerics.fake_quantize(t, qat.numerics.amax_to_scale(a, fmt), axis=axis, fmt=fmt),
+        ):
+            t = x.detach().requires_grad_()
+            y = run(t)
+            found.append((y.detach(), *torch.autograd.grad(y, t, grad)))
+        same_bits(found[0][0], found[1][0])
+        same_bits(found[0][1], found[1][1])
 
 
 @on_all

@@ -48,7 +48,7 @@ class QuantLayer(Derived):
         return self.input_quantizer.state is State.QUANTIZING and recompute.pays(x)
 
     def _source(self, x: Tensor) -> recompute.Source:
-        return recompute.Source(x, self.input_quantizer.scale, self.input_quantizer.fmt)
+        return recompute.Source(x, self.input_quantizer.amax, self.input_quantizer.fmt)
 
     def refresh_weight_ranges(self) -> None:
         """Record the current weight's range where it follows the weight."""

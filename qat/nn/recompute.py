@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels import fake_quantize
+from ..kernels import fake_quantize_range, is_transformed
 from ..numerics import Format
 
 
@@ -21,12 +21,12 @@ class Source(NamedTuple):
 
     Attributes:
         x: The tensor before quantization.
-        scale: Its scale, float32, shape ``()``.
+        amax: Its range, float32, shape ``()``.
         fmt: Number format.
     """
 
     x: Tensor
-    scale: Tensor
+    amax: Tensor
     fmt: Format
 
 
@@ -40,22 +40,22 @@ class Geometry(NamedTuple):
 
 
 def pays(x: Tensor) -> bool:
-    """Whether a layer on ``x`` should recompute: where memory is scarce, and a compiler does not decide about it."""
-    return x.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether a layer on ``x`` should recompute: where memory is scarce, and nobody else decides about it."""
+    return x.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed()
 
 
 def convolution(y: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, source: Source) -> Tensor:
     """``conv(y, weight, bias)``, where ``y`` is what quantizing ``source`` gives."""
     y, weight, bias = _cast(y, weight, bias)
-    x, scale, fmt = source
-    return _Convolution.apply(y, weight, bias, x.detach(), scale.detach(), fmt, geometry)
+    x, amax, fmt = source
+    return _Convolution.apply(y, weight, bias, x.detach(), amax.detach(), fmt, geometry)
 
 
 def linear(y: Tensor, weight: Tensor, bias: Tensor | None, source: Source) -> Tensor:
     """``linear(y, weight, bias)``, where ``y`` is what quantizing ``source`` gives."""
     y, weight, bias = _cast(y, weight, bias)
-    x, scale, fmt = source
-    return _Linear.apply(y, weight, bias, x.detach(), scale.detach(), fmt)
+    x, amax, fmt = source
+    return _Linear.apply(y, weight, bias, x.detach(), amax.detach(), fmt)
 
 
 def _cast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -67,64 +67,50 @@ def _cast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
-def _again(x: Tensor, scale: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
-    with torch.no_grad():
-        return fake_quantize(x, scale, fmt=fmt).to(dtype)
+def _again(x: Tensor, amax: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+    return fake_quantize_range(x, amax, fmt=fmt).to(dtype)
 
 
 class _Convolution(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
-        y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, scale: Tensor, fmt: Format, geometry: Geometry
+        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, amax: Tensor, fmt: Format, geometry: Geometry
     ) -> Tensor:
-        stride, padding, dilation, groups = geometry
-        none = (0,) * len(stride)
-        return torch.convolution(y, weight, bias, stride, padding, dilation, False, none, groups)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, weight, bias, x, scale, ctx.fmt, ctx.geometry = inputs
+        ctx.fmt, ctx.geometry, ctx.dtype = fmt, geometry, y.dtype
         ctx.bias_sizes = None if bias is None else list(bias.shape)
-        ctx.dtype = y.dtype
-        ctx.save_for_backward(weight, x, scale)
+        ctx.save_for_backward(weight, x, amax)
+        stride, padding, dilation, groups = geometry
+        return torch.convolution(y, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight, x, scale = ctx.saved_tensors
+        weight, x, amax = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        mask = list(ctx.needs_input_grad[:3])
+        mask = ctx.needs_input_grad[:3]
         # The gradient of the input alone needs its shape only.
-        y = _again(x, scale, ctx.fmt, ctx.dtype) if mask[1] else x.to(ctx.dtype)
-        grads = torch.ops.aten.convolution_backward(
+        y = _again(x, amax, ctx.fmt, ctx.dtype) if mask[1] else x.to(ctx.dtype)
+        grads = torch.ops.aten.convolution_backward.default(
             grad, y, weight, ctx.bias_sizes, stride, padding, dilation, False, (0,) * len(stride), groups, mask
         )
         return *grads, None, None, None, None
 
 
 class _Linear(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, amax: Tensor, fmt: Format) -> Tensor:
+        ctx.fmt, ctx.dtype = fmt, y.dtype
+        ctx.save_for_backward(weight, x, amax)
         return F.linear(y, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, weight, _, x, scale, ctx.fmt = inputs
-        ctx.dtype = y.dtype
-        ctx.save_for_backward(weight, x, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight, x, scale = ctx.saved_tensors
+        weight, x, amax = ctx.saved_tensors
         need_y, need_weight, need_bias = ctx.needs_input_grad[:3]
         rows = grad.reshape(-1, grad.shape[-1])
         grad_weight = None
         if need_weight:
-            y = _again(x, scale, ctx.fmt, ctx.dtype)
+            y = _again(x, amax, ctx.fmt, ctx.dtype)
             grad_weight = rows.t() @ y.reshape(-1, y.shape[-1])
         return grad @ weight if need_y else None, grad_weight, rows.sum(0) if need_bias else None, None, None, None
