@@ -33,7 +33,9 @@ def fake_quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: For
     return _run(x, scale, axis, fmt, 0.0)
 
 
-def fake_quantize_range(x: Tensor, amax: Tensor, *, axis: int | None = None, fmt: Format = INT8) -> Tensor:
+def fake_quantize_range(
+    x: Tensor, amax: Tensor, *, axis: int | None = None, fmt: Format = INT8, dtype: torch.dtype | None = None
+) -> Tensor:
     """:func:`fake_quantize` with the scale of the range ``amax``; a kernel computes it, too.
 
     Args:
@@ -41,10 +43,14 @@ def fake_quantize_range(x: Tensor, amax: Tensor, *, axis: int | None = None, fmt
         amax: ``>= 0``, float32. Scalar, or shape ``(x.shape[axis],)``.
         axis: Channel dimension of a per-channel range.
         fmt: Number format.
+        dtype: Of the result, if not that of ``x``. Without a gradient then.
     """
     if amax.requires_grad or not runs_triton(x, amax):
-        return fake_quantize(x, numerics.amax_to_scale(amax, fmt), axis=axis, fmt=fmt)
+        y = fake_quantize(x, numerics.amax_to_scale(amax, fmt), axis=axis, fmt=fmt)
+        return y if dtype is None else y.to(dtype)
     check_scale(x, amax, axis)
+    if dtype is not None:
+        return _forward(x, amax, axis, fmt, SCALE_MIN, dtype, with_mask=False)[0]
     return _run(x, amax, axis, fmt, SCALE_MIN)
 
 
@@ -82,9 +88,14 @@ def fake_quantize_weight(weight: Tensor, scale: Callable[[], Tensor], *, axis: i
     Returns:
         Same shape and dtype as ``weight``.
     """
-    if axis != 0 or not _has_rows(weight) or not runs_triton(weight):
+    if not quantizes_rows(weight, axis):
         return fake_quantize(weight, scale(), axis=axis, fmt=fmt)
     return _FakeQuantizeWeight.apply(weight, fmt)
+
+
+def quantizes_rows(weight: Tensor, axis: int | None) -> bool:
+    """Whether a kernel finds and applies the ranges of ``weight`` along ``axis``."""
+    return axis == 0 and _has_rows(weight) and runs_triton(weight)
 
 
 def _has_rows(x: Tensor) -> bool:
@@ -103,7 +114,39 @@ def _run(x: Tensor, range_: Tensor, axis: int | None, fmt: Format, scale_min: fl
     """Quantize with a range, or with a scale where ``scale_min`` is 0."""
     if torch.is_grad_enabled() and (x.requires_grad or range_.requires_grad):
         return _FakeQuantize.apply(x, range_, axis, fmt, scale_min)
-    return _forward(x, range_, axis, fmt, scale_min, with_mask=False)[0]
+    return _forward(x, range_, axis, fmt, scale_min, x.dtype, with_mask=False)[0]
+
+
+def forward(x: Tensor, amax: Tensor, fmt: Format, dtype: torch.dtype, *, with_mask: bool) -> tuple[Tensor, Tensor | None]:
+    """For autograd functions: :func:`fake_quantize_range` of one range, in ``dtype``, and what :func:`clip` needs."""
+    return _forward(x, amax, None, fmt, SCALE_MIN, dtype, with_mask=with_mask)
+
+
+def clip(grad: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+    """The gradient of ``x`` in :func:`forward`, from that of its result, which it may overwrite."""
+    layout = torch.empty_like(x, dtype=grad.dtype) if grad.stride() != x.stride() else grad
+    grad = _dense(grad, layout)
+    _clip(grad, mask, grad)
+    return grad
+
+
+def forward_rows(weight: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """What :func:`fake_quantize_weight` gives, in ``dtype``, for a weight that :func:`quantizes_rows`."""
+    from .triton_kernels import weight_kernel
+
+    y = torch.empty_like(weight, dtype=dtype)
+    size = weight.numel() // weight.shape[0]
+    block = min(max(1 << (size - 1).bit_length(), _SMALLEST_BLOCK), _BLOCK)
+    with _device(weight):
+        weight_kernel[(weight.shape[0],)](weight, y, size, SCALE_MIN, fmt.qmin, fmt.qmax, block)
+    return y
+
+
+def _clip(grad: Tensor, mask: Tensor, out: Tensor) -> None:
+    from .triton_kernels import clip_kernel
+
+    with _device(grad):
+        clip_kernel[_grid(grad.numel())](grad, mask, out, grad.numel(), _BLOCK)
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
@@ -125,12 +168,12 @@ def _grid(size: int) -> tuple[int]:
 
 
 def _forward(
-    x: Tensor, range_: Tensor, axis: int | None, fmt: Format, scale_min: float, *, with_mask: bool
+    x: Tensor, range_: Tensor, axis: int | None, fmt: Format, scale_min: float, dtype: torch.dtype, *, with_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
     from .triton_kernels import WORD, quantize_kernel
 
     # Where x has gaps or overlaps, a result of that layout has none.
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype)
     x = _dense(x, y)
     size = x.numel()
     mask = torch.empty(-(-size // WORD), dtype=torch.int32, device=x.device) if with_mask else None
@@ -146,14 +189,7 @@ def _forward(
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, fmt: Format) -> Tensor:
-        from .triton_kernels import weight_kernel
-
-        y = torch.empty_like(weight)
-        size = weight.numel() // weight.shape[0]
-        block = min(max(1 << (size - 1).bit_length(), _SMALLEST_BLOCK), _BLOCK)
-        with _device(weight):
-            weight_kernel[(weight.shape[0],)](weight, y, size, SCALE_MIN, fmt.qmin, fmt.qmax, block)
-        return y
+        return forward_rows(weight, fmt, weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -169,7 +205,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, range_: Tensor, axis: int | None, fmt: Format, scale_min: float) -> Tensor:
         learned = ctx.needs_input_grad[1]
-        y, mask = _forward(x, range_, axis, fmt, scale_min, with_mask=not learned)
+        y, mask = _forward(x, range_, axis, fmt, scale_min, x.dtype, with_mask=not learned)
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.fmt, ctx.learned = (y.shape, y.stride()), fmt, learned
         if learned:
@@ -184,16 +220,17 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return None, None, None, None, None
-        from .triton_kernels import clip_kernel, learned_kernel
-
         out = torch.empty_strided(*ctx.layout, dtype=grad.dtype, device=grad.device)
         grad = _dense(grad, out)
-        size = grad.numel()
+        if not ctx.learned:
+            _clip(grad, ctx.saved_tensors[0], out)
+            return out, None, None, None, None
+        from .triton_kernels import learned_kernel
+
+        x, scale = ctx.saved_tensors
+        sums = torch.empty(_grid(grad.numel()), dtype=torch.float32, device=x.device)
         with _device(grad):
-            if not ctx.learned:
-                clip_kernel[_grid(size)](grad, ctx.saved_tensors[0], out, size, _BLOCK)
-                return out, None, None, None, None
-            x, scale = ctx.saved_tensors
-            sums = torch.empty(_grid(size), dtype=torch.float32, device=x.device)
-            learned_kernel[_grid(size)](grad, _dense(x, out), scale, out, sums, size, ctx.fmt.qmin, ctx.fmt.qmax, _BLOCK)
+            learned_kernel[_grid(grad.numel())](
+                grad, _dense(x, out), scale, out, sums, grad.numel(), ctx.fmt.qmin, ctx.fmt.qmax, _BLOCK
+            )
         return out, sums.sum().reshape(scale.shape) * ctx.factor, None, None, None

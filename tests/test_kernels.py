@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+import qat
 import qat.kernels
 import qat.numerics
 import qat.quantizer
 from qat.errors import QATError
+from qat.nn import recompute
 from qat.numerics import INT4, INT8
 
 pytest.importorskip("triton", reason="needs triton")
@@ -210,3 +212,66 @@ def test_scale_that_does_not_fit_is_refused(device):
 def test_empty_tensors(device):
     x = values(*device)[:0]
     assert qat.kernels.fake_quantize(x, torch.tensor(0.05, device=x.device)).shape == x.shape
+
+
+LAYERS = {
+    "convolution": lambda: torch.nn.Conv2d(8, 6, 3, stride=2, padding=1),
+    "depthwise": lambda: torch.nn.Conv2d(8, 8, 3, dilation=2, groups=8, bias=False),
+    "linear": lambda: torch.nn.Linear(9, 4),
+}
+
+
+@on_all
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "with gaps"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_in_one_function_is_the_layer_in_three(device, kind, layout, frozen, monkeypatch):
+    name, dtype = device
+    if dtype != torch.float32:
+        pytest.skip("layers have float32 weights; autocast is tested by itself")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(LAYERS[kind]())
+    x = LAYOUTS[layout](values("cpu", dtype, (3, 8, 17, 18)).nan_to_num(1.0, 3.0, -3.0))[..., :9]
+    qat.prepare(model, qat.QuantConfig(head=()))
+    with monkeypatch.context() as patch:
+        patch.setattr(qat.kernels, "runs_triton", lambda *tensors: False)
+        qat.calibrate(model, [x], method="percentile", progress=False)
+    model, x = model.to(name), x.to(name)
+    for parameter in frozen:
+        if getattr(model[0], parameter) is not None:
+            getattr(model[0], parameter).requires_grad_(False)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for whole in (True, False):
+        monkeypatch.setattr(recompute, "pays", lambda x, whole=whole: whole)
+        t = x.detach().requires_grad_()
+        y = model(t * 1)
+        assert y.grad_fn.name().startswith("_Layer") is whole
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        found.append((y.detach(), *torch.autograd.grad(y, [t, *wanted], grad)))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_in_one_function_under_autocast(kind, monkeypatch):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(LAYERS[kind]()).cuda()
+    x = values("cuda", torch.float32, (3, 8, 17, 9)).nan_to_num(1.0, 3.0, -3.0)
+    qat.prepare(model, qat.QuantConfig(head=()))
+    qat.calibrate(model, [x], method="percentile", progress=False)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for whole in (True, False):
+            monkeypatch.setattr(recompute, "pays", lambda x, whole=whole: whole)
+            t = x.detach().to(dtype).requires_grad_()
+            with torch.autocast("cuda", torch.bfloat16):
+                y = model(t * 1)
+            grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+            found.append((y.detach(), *torch.autograd.grad(y, [t, *model.parameters()], grad)))
+        for a, b in zip(*found, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)

@@ -47,9 +47,6 @@ class QuantLayer(Derived):
         """Whether the backward pass quantizes ``x`` again instead of keeping the quantized one."""
         return self.input_quantizer.state is State.QUANTIZING and recompute.pays(x)
 
-    def _source(self, x: Tensor) -> recompute.Source:
-        return recompute.Source(x, self.input_quantizer.amax, self.input_quantizer.fmt)
-
     def refresh_weight_ranges(self) -> None:
         """Record the current weight's range where it follows the weight."""
         if self.weight_quantizer.state is State.QUANTIZING:
@@ -97,14 +94,13 @@ class InterceptedLayer(QuantLayer):
 
 class _QuantConv(QuantLayer):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y, weight = self.input_quantizer(input), self.weight_quantizer(weight)
         conv: Any = self
         # Other paddings are operations of their own, between quantizer and convolution; so is adding a batch dimension.
         plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and input.ndim == weight.ndim
         if not plain or not self._recomputes(input):
-            return super()._conv_forward(y, weight, bias)  # type: ignore[misc]
+            return super()._conv_forward(self.input_quantizer(input), self.weight_quantizer(weight), bias)  # type: ignore[misc]
         geometry = recompute.Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
-        return recompute.convolution(y, weight, bias, geometry, self._source(input))
+        return recompute.layer(input, weight, bias, geometry, self.input_quantizer, self.weight_quantizer)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -131,10 +127,9 @@ class QuantLinear(QuantLayer, nn.Linear):
     float_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        y, weight = self.input_quantizer(input), self.weight_quantizer(self.weight)
         if not self._recomputes(input):
-            return F.linear(y, weight, self.bias)
-        return recompute.linear(y, weight, self.bias, self._source(input))
+            return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return recompute.layer(input, self.weight, self.bias, None, self.input_quantizer, self.weight_quantizer)
 
 
 _DIRECT = {cls.float_class: cls for cls in (QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear)}
