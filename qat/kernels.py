@@ -143,10 +143,10 @@ def forward_rows(weight: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
 
 
 def _clip(grad: Tensor, mask: Tensor, out: Tensor) -> None:
-    from .triton_kernels import clip_kernel
+    from .triton_kernels import WORD, clip_kernel
 
     with _device(grad):
-        clip_kernel[_grid(grad.numel())](grad, mask, out, grad.numel(), _BLOCK)
+        clip_kernel[_grid(grad.numel())](grad, mask, out, grad.numel(), _BLOCK // WORD)
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def _forward(
     with _device(x):
         quantize_kernel[_grid(size)](
             x, range_.contiguous(), y, y if mask is None else mask, size, period, channels,
-            fmt.qmin, fmt.qmax, scale_min, axis is not None, with_mask, _BLOCK,
+            fmt.qmin, fmt.qmax, scale_min, axis is not None, with_mask, _BLOCK // WORD,
         )  # fmt: skip
     return y, mask
 

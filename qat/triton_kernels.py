@@ -17,62 +17,94 @@ FAST_HISTOGRAM = tuple(int(part) for part in triton.__version__.split(".")[:2]) 
 
 
 @triton.jit
-def _round(ratio, QMIN: tl.constexpr, QMAX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``ratio`` rounded half to even, right within the range and beyond it outside; signs of zeros as torch.round has them."""
-    near = tl.where(ratio < QMIN - 1, QMIN - 1.0, tl.where(ratio > QMAX + 1, QMAX + 1.0, ratio))
-    # At 1.5 * 2**23 the unit in the last place of a float32 is 1, so that the addition rounds.
-    code = (near + 12582912.0) - 12582912.0
-    sign = ratio.to(tl.int32, bitcast=True) & -2147483648
+def _code(x, scale, QMIN: tl.constexpr, QMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``round(x / scale)``, half to even, right within the range and beyond it outside; signs of zeros as torch.round has them.
+
+    Without a division for each element: by IEEE's rules that is a subroutine where ``x`` is zero, as half of what leaves a ReLU
+    is. An approximate quotient says next to which tie the right one lies, and the remainder there, exact as in
+    ``numerics.round_quotient``, on which side of it.
+    """
+    one = tl.zeros(scale.shape, tl.float32) + 1.0
+    about = x * tl.div_rn(one, scale)
+    about = _clamp(about, QMIN - 1.0, QMAX + 1.0)
+    nearest = _to_integer(about)
+    half = ((about - nearest).to(tl.int32, bitcast=True) & -2147483648) | 1056964608  # 0.5 with that sign
+    tie = nearest + half.to(tl.float32, bitcast=True)
+    high = (scale.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    rest = (x - tie * high) - tie * (scale - high)
+    # A quotient nearer to the tie than half a unit in its last place rounds to the tie itself, and that to even.
+    near = (tie.to(tl.int32, bitcast=True) & 2139095040).to(tl.float32, bitcast=True) * (scale * 5.9604644775390625e-08)
+    code = _to_integer(tie + tl.where(rest > near, 0.25, tl.where(rest < -near, -0.25, 0.0)))
+    sign = x.to(tl.int32, bitcast=True) & -2147483648
     return ((code.to(tl.int32, bitcast=True) & 2147483647) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _scales(  # type: ignore[no-untyped-def]
-    range_ptr, at, valid, period, channels,
-    QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, PER_CHANNEL: tl.constexpr,
-):  # fmt: skip
-    """``amax_to_scale`` of the range, or the scale that was given, where ``SCALE_MIN`` is 0."""
-    if PER_CHANNEL:
-        scale = tl.load(range_ptr + (at // period) % channels, valid, other=1.0)
-    else:
-        # One element in a block of its own, since div_rn takes blocks.
-        scale = tl.load(range_ptr + tl.arange(0, 1))
+def _clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of NaN, NaN."""
+    at_least = tl.maximum(x, tl.full(x.shape, LOW, tl.float32), propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(at_least, tl.full(x.shape, HIGH, tl.float32), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _to_integer(x):  # type: ignore[no-untyped-def]
+    """``x`` rounded half to even, for small ``x``: at 1.5 * 2**23 the unit in the last place of a float32 is 1."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _scale(range_ptr, SCALE_MIN: tl.constexpr, QMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``amax_to_scale`` of ranges, or the scales that were given, where ``SCALE_MIN`` is 0."""
+    scale = tl.load(range_ptr)
     if SCALE_MIN > 0:
         scale = tl.div_rn(scale, tl.zeros(scale.shape, tl.float32) + QMAX)
         scale = tl.maximum(scale, tl.zeros(scale.shape, tl.float32) + SCALE_MIN, propagate_nan=tl.PropagateNan.ALL)
-    return tl.broadcast_to(scale, at.shape)
+    return scale
+
+
+@triton.jit
+def _words(size, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the block of this program, as rows of 32: its start, the offsets of its elements from there, and which there are."""
+    start = tl.program_id(0).to(tl.int64) * (WORDS * 32)
+    # From the start on in 32 bits: arithmetic in 64 takes twice as long.
+    at = tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    return start, at, at < tl.minimum(size - start, WORDS * 32).to(tl.int32)
 
 
 @triton.jit
 def quantize_kernel(  # type: ignore[no-untyped-def]
     x_ptr, range_ptr, y_ptr, mask_ptr, size, period, channels,
     QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, PER_CHANNEL: tl.constexpr, MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     """``y = clamp(round(x / scale)) * scale``; one bit an element into the words of ``mask``: whether it was in the range."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    at = start + tl.arange(0, BLOCK)
-    valid = at < size
-    x = tl.load(x_ptr + at, valid, other=0.0).to(tl.float32)
-    scale = _scales(range_ptr, at, valid, period, channels, QMAX, SCALE_MIN, PER_CHANNEL)
-    code = _round(tl.div_rn(x, scale), QMIN, QMAX)
-    clamped = tl.where(code < QMIN, QMIN * 1.0, tl.where(code > QMAX, QMAX * 1.0, code))
-    tl.store(y_ptr + at, (clamped * scale).to(y_ptr.dtype.element_ty), valid)
+    start, at, valid = _words(size, WORDS)
+    x = tl.load(x_ptr + start + at, valid, other=0.0).to(tl.float32)
+    if PER_CHANNEL:
+        # The channels of what lies beyond the end exist, too.
+        scale = _scale(range_ptr + ((start + at) // period) % channels, SCALE_MIN, QMAX)
+    else:
+        # One element in a block of its own, since div_rn takes blocks.
+        scale = _scale(range_ptr + tl.arange(0, 1)[:, None], SCALE_MIN, QMAX)
+    code = _code(x, scale, QMIN, QMAX)
+    clamped = _clamp(code, QMIN * 1.0, QMAX * 1.0)
+    tl.store(y_ptr + start + at, (clamped * scale).to(y_ptr.dtype.element_ty), valid)
     if MASK:
-        inside = (code >= QMIN) & (code <= QMAX)
-        bits = tl.reshape(inside.to(tl.int32), (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :]
-        words = start // 32 + tl.arange(0, BLOCK // 32)
+        # Of NaN, false.
+        inside = code == clamped
+        bits = inside.to(tl.int32) << tl.arange(0, 32)[None, :]
+        words = start // 32 + tl.arange(0, WORDS)
         tl.store(mask_ptr + words, tl.sum(bits, 1), words * 32 < size)
 
 
 @triton.jit
-def clip_kernel(grad_ptr, mask_ptr, out_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def clip_kernel(grad_ptr, mask_ptr, out_ptr, size, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """``grad`` where the bit of ``mask`` is set, else 0."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = at < size
-    bit = (tl.load(mask_ptr + at // 32, valid, other=0) >> (at % 32).to(tl.int32)) & 1
-    grad = tl.load(grad_ptr + at, valid, other=0.0)
-    tl.store(out_ptr + at, tl.where(bit != 0, grad, 0.0).to(out_ptr.dtype.element_ty), valid)
+    start, at, valid = _words(size, WORDS)
+    words = start // 32 + tl.arange(0, WORDS)
+    bits = tl.load(mask_ptr + words, words * 32 < size, other=0)[:, None] >> tl.arange(0, 32)[None, :]
+    grad = tl.load(grad_ptr + start + at, valid, other=0.0)
+    tl.store(out_ptr + start + at, tl.where((bits & 1) != 0, grad, 0.0).to(out_ptr.dtype.element_ty), valid)
 
 
 @triton.jit
@@ -85,10 +117,11 @@ def learned_kernel(  # type: ignore[no-untyped-def]
     valid = at < size
     x = tl.load(x_ptr + at, valid, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, valid, other=0.0)
-    ratio = tl.div_rn(x, tl.load(scale_ptr) + tl.zeros((BLOCK,), tl.float32))
-    code = _round(ratio, QMIN, QMAX)
-    inside = (code >= QMIN) & (code <= QMAX)
-    clamped = tl.where(code < QMIN, QMIN * 1.0, tl.where(code > QMAX, QMAX * 1.0, code))
+    scale = tl.load(scale_ptr + tl.arange(0, 1))
+    ratio = x * tl.div_rn(tl.zeros((1,), tl.float32) + 1.0, scale)
+    code = _code(x, scale, QMIN, QMAX)
+    clamped = _clamp(code, QMIN * 1.0, QMAX * 1.0)
+    inside = code == clamped
     tl.store(out_ptr + at, tl.where(inside, grad, 0.0).to(out_ptr.dtype.element_ty), valid)
     slope = clamped - tl.where(inside, ratio, 0.0)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(valid, grad.to(tl.float32) * slope, 0.0), 0))
@@ -106,14 +139,14 @@ def weight_kernel(  # type: ignore[no-untyped-def]
         w = tl.load(w_ptr + row + at, at < size, other=0.0).to(tl.float32)
         amax = tl.maximum(amax, tl.abs(w), propagate_nan=tl.PropagateNan.ALL)
     # Divided in a block, since that is what div_rn takes.
-    top = tl.reduce(amax, 0, _maximum) + tl.zeros((BLOCK,), tl.float32)
-    least = tl.zeros((BLOCK,), tl.float32) + SCALE_MIN
-    scale = tl.maximum(tl.div_rn(top, tl.zeros((BLOCK,), tl.float32) + QMAX), least, propagate_nan=tl.PropagateNan.ALL)
+    top = tl.reduce(amax, 0, _maximum) + tl.zeros((1,), tl.float32)
+    least = tl.zeros((1,), tl.float32) + SCALE_MIN
+    scale = tl.maximum(tl.div_rn(top, tl.zeros((1,), tl.float32) + QMAX), least, propagate_nan=tl.PropagateNan.ALL)
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         w = tl.load(w_ptr + row + at, at < size, other=0.0).to(tl.float32)
-        code = _round(tl.div_rn(w, scale), QMIN, QMAX)
-        clamped = tl.where(code < QMIN, QMIN * 1.0, tl.where(code > QMAX, QMAX * 1.0, code))
+        code = _code(w, scale, QMIN, QMAX)
+        clamped = _clamp(code, QMIN * 1.0, QMAX * 1.0)
         tl.store(y_ptr + row + at, (clamped * scale).to(y_ptr.dtype.element_ty), at < size)
 
 

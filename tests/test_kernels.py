@@ -150,6 +150,30 @@ def test_a_range_is_the_scale_that_follows_from_it(device, axis, fmt):
 
 
 @on_all
+@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
+def test_codes_next_to_ties(device, fmt):
+    """At and beside ``(n + 0.5) * scale``, where the rounded quotient decides, for scales of all magnitudes."""
+    if device[1] != torch.float32:
+        pytest.skip("other types have no values so close to ties")
+    generator = np.random.default_rng(0)
+    mantissas = np.concatenate([generator.integers(2**23, 2**24, 40), [2**23, 2**23 + 1, 2**24 - 1, 2**23 + 2**12 - 1]])
+    for mantissa, exponent in zip(mantissas, generator.integers(-46, 40, len(mantissas)), strict=True):
+        scale = np.float32(np.ldexp(float(mantissa), int(exponent)))
+        nearest = (np.arange(fmt.qmin - 2, fmt.qmax + 2, dtype=np.float64) + 0.5) * np.float64(scale)
+        x = nearest.astype(np.float32)
+        found = [x]
+        for direction in (np.float32(np.inf), np.float32(-np.inf)):
+            step = x
+            for _ in range(3):
+                step = np.nextafter(step, direction)
+                found.append(step)
+        x = torch.from_numpy(np.concatenate(found)).to(device[0])
+        expected, kernel = both(x, torch.tensor(scale).to(x.device), torch.ones_like(x), fmt=fmt)
+        same_bits(kernel[0], expected[0])
+        same_bits(kernel[1], expected[1])
+
+
+@on_all
 def test_the_input_is_not_saved(device):
     x = values(*device).nan_to_num(0).requires_grad_()
     y = qat.kernels.fake_quantize(x, torch.tensor(0.05, device=x.device))
