@@ -62,6 +62,9 @@ def amax_to_scale(amax: Tensor, fmt: Format = INT8) -> Tensor:
     """
     # A tensor divisor: dividing by a Python number may become a multiplication by its reciprocal on CUDA, one ulp off.
     wide = amax.to(torch.float32)
+    if torch.compiler.is_compiling():
+        # Compilers for GPUs divide float32 approximately, float64 not. 53 bits are enough to be rounded again (Figueroa 1995).
+        return (wide.to(torch.float64) / fmt.qmax).to(torch.float32).clamp(min=SCALE_MIN)
     return (wide / torch.full_like(wide, fmt.qmax)).clamp(min=SCALE_MIN)
 
 
@@ -90,13 +93,17 @@ def quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: Format =
         >>> quantize(torch.tensor([0.25, 0.75, -99.0]), torch.tensor(0.5))
         tensor([   0.,    2., -128.])
     """
+    if torch.compiler.is_compiling():
+        return _codes_traced(x, scale, axis, fmt)
     wide, step = x.to(torch.float32), broadcast_scale(scale, x, axis)
     # Divide, do not multiply by 1 / scale: ONNX divides, and the two differ at ties.
-    ratio = wide / step
-    # Compiled code fuses these anyway, and torch 2.11 compiles a function with in-place steps to one without gradients.
-    if torch.compiler.is_compiling():
-        return round_quotient(wide, step, ratio, fmt).clamp(fmt.qmin, fmt.qmax)
-    return ratio.round_().clamp_(fmt.qmin, fmt.qmax)
+    return (wide / step).round_().clamp_(fmt.qmin, fmt.qmax)
+
+
+def _codes_traced(x: Tensor, scale: Tensor, axis: int | None, fmt: Format) -> Tensor:
+    """:func:`quantize` for compilers, which fuse what eager mode does in place."""
+    wide, step = x.to(torch.float32), broadcast_scale(scale, x, axis)
+    return round_quotient(wide, step, wide / step, fmt).clamp(fmt.qmin, fmt.qmax)
 
 
 def round_quotient(x: Tensor, scale: Tensor, ratio: Tensor, fmt: Format) -> Tensor:
@@ -125,8 +132,8 @@ def round_quotient(x: Tensor, scale: Tensor, ratio: Tensor, fmt: Format) -> Tens
     return (tie + torch.where(rest > near, 0.25, torch.where(rest < -near, -0.25, 0.0))).round()
 
 
-def _clipped_compiled(value: Tensor, x: Tensor, scale: Tensor, ratio: Tensor, fmt: Format) -> Tensor:
-    """``value`` where ``x / scale`` rounds into the range, else 0.
+def _clipped_traced(value: Tensor, x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """``value`` where ``x / scale`` rounds into the range, else 0; for compilers.
 
     The quotient rounds out of the range from the middle between the upper tie and the float32 below it on, and below the middle
     between the lower tie and the float32 beyond it. ``x`` is compared with these multiples of ``scale`` by a remainder, exact
@@ -152,8 +159,8 @@ def _half_unit(value: float) -> float:
     return 2.0 ** (math.frexp(value)[1] - 25)
 
 
-def _clipped_eager(value: Tensor, x: Tensor, scale: Tensor, ratio: Tensor, fmt: Format) -> Tensor:
-    """The same, by the correctly rounded quotient ``ratio``.
+def _clipped(value: Tensor, ratio: Tensor, fmt: Format) -> Tensor:
+    """``value`` where the correctly rounded quotient ``ratio`` rounds into the range, else 0.
 
     ``qmin`` is even, so the tie below it rounds into the range, and ``qmax`` is odd, so that above it rounds out of it. The
     gradient of ``hardtanh`` tests ``low < ratio < high`` in one vectorised pass; comparisons and ``where`` take five times as
@@ -173,8 +180,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, axis: int | None, fmt: Format, factor: float) -> Tensor:
-        code, step = quantize(x, scale, axis=axis, fmt=fmt), broadcast_scale(scale, x, axis)
-        value = code * step if torch.compiler.is_compiling() else code.mul_(step)
+        value = quantize(x, scale, axis=axis, fmt=fmt).mul_(broadcast_scale(scale, x, axis))
         # Not ``to`` where it would return the tensor itself: torch 2.11 loses the gradient of such a result, too.
         return value if x.dtype == torch.float32 else value.to(x.dtype)
 
@@ -186,25 +192,62 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, scale = ctx.saved_tensors
-        wide, step = x.to(torch.float32), broadcast_scale(scale, x, ctx.axis)
-        ratio = wide / step
-        clipped = _clipped_compiled if torch.compiler.is_compiling() else _clipped_eager
+        ratio = x.to(torch.float32) / broadcast_scale(scale, x, ctx.axis)
         grad_x = grad_scale = None
         if ctx.needs_input_grad[1]:
-            code = round_quotient(wide, step, ratio, ctx.fmt) if torch.compiler.is_compiling() else ratio.round()
             # Inside the range round(v) - v, outside the end of the range.
-            slope = code.clamp(ctx.fmt.qmin, ctx.fmt.qmax) - clipped(ratio, wide, step, ratio, ctx.fmt)
-            product = grad.to(torch.float32) * slope
-            dims = [d for d in range(x.ndim) if ctx.axis is None or d != ctx.axis % x.ndim]
-            # torch takes no dimensions for all of them.
-            total = product.sum(dims) if dims else product
-            grad_scale = total.reshape(scale.shape) * ctx.factor
+            slope = ratio.round().clamp(ctx.fmt.qmin, ctx.fmt.qmax) - _clipped(ratio, ratio, ctx.fmt)
+            grad_scale = _total(grad, slope, x, scale, ctx.axis) * ctx.factor
         if ctx.needs_input_grad[0]:
-            if not torch.compiler.is_compiling():
-                # A NaN is outside of every range, but not in the comparisons of hardtanh's gradient.
-                ratio.nan_to_num_(math.inf, math.inf, -math.inf)
-            grad_x = clipped(grad, wide, step, ratio, ctx.fmt)
+            # A NaN is outside of every range, but not in the comparisons of hardtanh's gradient.
+            ratio.nan_to_num_(math.inf, math.inf, -math.inf)
+            grad_x = _clipped(grad, ratio, ctx.fmt)
         return grad_x, grad_scale, None, None, None
+
+
+class _FakeQuantizeTraced(torch.autograd.Function):
+    """The same by operations that compilers fuse and do not round differently."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, axis: int | None, fmt: Format, factor: float) -> Tensor:
+        value = _codes_traced(x, scale, axis, fmt) * broadcast_scale(scale, x, axis)
+        return value if x.dtype == torch.float32 else value.to(x.dtype)
+
+    setup_context = _FakeQuantize.setup_context
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, scale = ctx.saved_tensors
+        wide, step = x.to(torch.float32), broadcast_scale(scale, x, ctx.axis)
+        grad_x = grad_scale = None
+        if ctx.needs_input_grad[1]:
+            ratio = wide / step
+            codes = round_quotient(wide, step, ratio, ctx.fmt).clamp(ctx.fmt.qmin, ctx.fmt.qmax)
+            slope = codes - _clipped_traced(ratio, wide, step, ctx.fmt)
+            grad_scale = _total(grad, slope, x, scale, ctx.axis) * ctx.factor
+        if ctx.needs_input_grad[0]:
+            grad_x = _clipped_traced(grad, wide, step, ctx.fmt)
+        return grad_x, grad_scale, None, None, None
+
+
+def _total(grad: Tensor, slope: Tensor, x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+    """``grad * slope``, summed over the elements that share a scale."""
+    product = grad.to(torch.float32) * slope
+    dims = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
+    # torch takes no dimensions for all of them.
+    return (product.sum(dims) if dims else product).reshape(scale.shape)
+
+
+# One operator for what traces Python code, and would follow every line of an autograd function for each of its calls: that was
+# most of the time to compile a model. What makes code from the trace sees through it.
+torch.library.define("qat::traced_fake_quantize", "(Tensor x, Tensor scale, int? axis, str fmt, float factor) -> Tensor")
+
+
+@torch.library.impl("qat::traced_fake_quantize", "CompositeImplicitAutograd")
+def _(x: Tensor, scale: Tensor, axis: int | None, fmt: str, factor: float) -> Tensor:
+    return _FakeQuantizeTraced.apply(x, scale, axis, FORMATS[fmt], factor)
 
 
 def check_scale(x: Tensor, scale: Tensor, axis: int | None) -> None:
@@ -249,7 +292,11 @@ def fake_quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: For
         tensor([  0.5000, -64.0000])
     """
     check_scale(x, scale, axis)
-    return _FakeQuantize.apply(x, scale, axis, fmt, lsq_factor(x, scale, fmt))
+    factor = lsq_factor(x, scale, fmt)
+    if torch.compiler.is_compiling():
+        traced: Tensor = torch.ops.qat.traced_fake_quantize(x, scale, axis, fmt.name, factor)
+        return traced
+    return _FakeQuantize.apply(x, scale, axis, fmt, factor)
 
 
 @torch.library.custom_op("qat::fake_quantize", mutates_args=())
