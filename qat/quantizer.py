@@ -151,6 +151,11 @@ class Quantizer(nn.Module):
             return fake_quantize_node(x, self.export_scale, self.axis, self.fmt.name)
         return x
 
+    def quantizes_alone(self) -> bool:
+        """Whether the site only quantizes, by a range that is not learned, for one reader, and nobody watches."""
+        watched = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return self.state is State.QUANTIZING and self.readers == 1 and "amax" in self._buffers and not watched
+
     def _result_for(self, x: Tensor) -> Tensor | None:
         """What the last call gave, if it was for this very tensor: sites that read one tensor share their quantizer.
 

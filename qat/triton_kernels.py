@@ -91,10 +91,58 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     tl.store(y_ptr + start + at, (clamped * scale).to(y_ptr.dtype.element_ty), valid)
     if MASK:
         # Of NaN, false.
-        inside = code == clamped
-        bits = inside.to(tl.int32) << tl.arange(0, 32)[None, :]
         words = start // 32 + tl.arange(0, WORDS)
-        tl.store(mask_ptr + words, tl.sum(bits, 1), words * 32 < size)
+        tl.store(mask_ptr + words, _pack(code == clamped), words * 32 < size)
+
+
+@triton.jit
+def _quantized(x_ptr, range_ptr, at, valid, QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block of ``x`` fake-quantized with one range, rounded to its type; and which elements were in the range."""
+    x = tl.load(x_ptr + at, valid, other=0.0)
+    scale = _scale(range_ptr + tl.arange(0, 1)[:, None], SCALE_MIN, QMAX)
+    code = _code(x.to(tl.float32), scale, QMIN, QMAX)
+    clamped = _clamp(code, QMIN * 1.0, QMAX * 1.0)
+    return (clamped * scale).to(x.dtype).to(tl.float32), code == clamped
+
+
+@triton.jit
+def _pack(inside):  # type: ignore[no-untyped-def]
+    """The words of a mask."""
+    return tl.sum(inside.to(tl.int32) << tl.arange(0, 32)[None, :], 1)
+
+
+@triton.jit
+def add_kernel(  # type: ignore[no-untyped-def]
+    a_ptr, a_range_ptr, b_ptr, b_range_ptr, y_ptr, a_mask_ptr, b_mask_ptr, size,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, B: tl.constexpr, MASK: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """``y = q(a) + q(b)``, or ``q(a) + b`` without ``B``. To be launched without fused multiply-add: ``q`` is rounded first."""
+    start, at, valid = _words(size, WORDS)
+    a, a_inside = _quantized(a_ptr + start, a_range_ptr, at, valid, QMIN, QMAX, SCALE_MIN)
+    words = start // 32 + tl.arange(0, WORDS)
+    if B:
+        b, b_inside = _quantized(b_ptr + start, b_range_ptr, at, valid, QMIN, QMAX, SCALE_MIN)
+        if MASK:
+            tl.store(b_mask_ptr + words, _pack(b_inside), words * 32 < size)
+    else:
+        b = tl.load(b_ptr + start + at, valid, other=0.0).to(tl.float32)
+    if MASK:
+        tl.store(a_mask_ptr + words, _pack(a_inside), words * 32 < size)
+    tl.store(y_ptr + start + at, (a + b).to(y_ptr.dtype.element_ty), valid)
+
+
+@triton.jit
+def add_backward_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr, a_mask_ptr, b_mask_ptr, a_out_ptr, b_out_ptr, size, WORDS: tl.constexpr
+):
+    """The gradient by both masks: one read, two writes."""
+    start, at, valid = _words(size, WORDS)
+    words = start // 32 + tl.arange(0, WORDS)
+    grad = tl.load(grad_ptr + start + at, valid, other=0.0)
+    a_bits = tl.load(a_mask_ptr + words, words * 32 < size, other=0)[:, None] >> tl.arange(0, 32)[None, :]
+    b_bits = tl.load(b_mask_ptr + words, words * 32 < size, other=0)[:, None] >> tl.arange(0, 32)[None, :]
+    tl.store(a_out_ptr + start + at, tl.where((a_bits & 1) != 0, grad, 0.0).to(a_out_ptr.dtype.element_ty), valid)
+    tl.store(b_out_ptr + start + at, tl.where((b_bits & 1) != 0, grad, 0.0).to(b_out_ptr.dtype.element_ty), valid)
 
 
 @triton.jit

@@ -116,6 +116,95 @@ def test_gradient_of_a_learned_scale_is_that_of_the_composite(device, layout):
     torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=1e-5)
 
 
+def sums(function, a, b, grad):
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    y = function(a, b)
+    return (y.detach(), *torch.autograd.grad(y, [a, b], grad))
+
+
+@on_all
+@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("only_a", [False, True])
+@pytest.mark.parametrize("layout", ["one element", "vector", "contiguous", "channels-last", "many blocks"])
+def test_sum_in_one_pass_has_the_bits_of_three(device, layout, only_a, fmt):
+    a = LAYOUTS[layout](values(*device))
+    b = LAYOUTS[layout](values(*device).flip(0, 2, 3).contiguous())
+    grad = LAYOUTS[layout](torch.randn(values(*device).shape, generator=torch.Generator().manual_seed(1)).to(values(*device)))
+    ranges = torch.tensor(6.35, device=a.device), torch.tensor(2.1, device=a.device)
+
+    def apart(a, b):
+        quantized = [
+            qat.numerics.fake_quantize(t, qat.numerics.amax_to_scale(r, fmt), fmt=fmt)
+            for t, r in zip((a, b), ranges, strict=True)
+        ]
+        return quantized[0] + (b if only_a else quantized[1])
+
+    def at_once(a, b):
+        return qat.kernels.fake_quantize_add(a, ranges[0], b, None if only_a else ranges[1], fmt=fmt)
+
+    for given in (grad, grad.expand_as(grad) if grad.ndim < 4 else grad.transpose(2, 3).contiguous().transpose(2, 3)):
+        for found, expected in zip(sums(at_once, a, b, given), sums(apart, a, b, given), strict=True):
+            same_bits(found, expected)
+    with torch.no_grad():
+        same_bits(at_once(a, b), apart(a, b))
+
+
+@on_all
+@pytest.mark.parametrize("change", ["shape", "dtype", "layout", "gaps", "learned", "empty"])
+def test_no_kernel_for_sums_of_unlike_tensors(device, change):
+    a, b, amax = values(*device), values(*device), torch.tensor(3.0, device=device[0])
+    if change == "shape":
+        b = b[:1]
+    elif change == "dtype":
+        b = b.double()
+    elif change == "layout":
+        b = b.to(memory_format=torch.channels_last)
+    elif change == "gaps":
+        a, b = a[..., ::2], b[..., ::2]
+    elif change == "learned":
+        amax.requires_grad_()
+    else:
+        a, b = a[:0], b[:0]
+    assert qat.kernels.fake_quantize_add(a, amax, b, None) is None
+
+
+@on_all
+@pytest.mark.parametrize("shared", [False, True])
+def test_residual_block_adds_in_one_pass(device, shared, monkeypatch):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(5, 5, 1)
+            self.other = None if shared else torch.nn.Conv2d(5, 5, 1)
+
+        def forward(self, x):
+            return self.conv(x) + (x * 1 if self.other is None else self.other(x))
+
+    torch.manual_seed(0)
+    name, dtype = device
+    model, x = Block().to(name, dtype), values(name, dtype).nan_to_num(1.0, 2.0, -2.0)
+    qat.prepare(model, qat.QuantConfig(head=()))
+    qat.calibrate(model, [x], method="max", progress=False)
+    model.train()
+    found, counted = [], []
+    real = qat.kernels.fake_quantize_add
+
+    def counting(*args, **kwargs):
+        result = real(*args, **kwargs)
+        counted.append(result is not None)
+        return result
+
+    monkeypatch.setattr("qat.nn.add.fake_quantize_add", counting)
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr("qat.nn.add.fake_quantize_add", lambda *args, **kwargs: None)
+        y = model(x)
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), list(model.parameters()))])
+    assert counted == [True]
+    for one, three in zip(*found, strict=True):
+        same_bits(one.detach(), three.detach())
+
+
 @on_all
 def test_gradients_of_another_layout(device):
     x = values(*device).to(memory_format=torch.channels_last)

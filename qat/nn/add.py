@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..kernels import fake_quantize_add
 from ..quantizer import Quantizer
 
 
@@ -20,6 +21,23 @@ class Add(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a + b
+
+
+def _sum(a: Tensor, b: Tensor, a_quantizer: Quantizer | None, b_quantizer: Quantizer | None) -> Tensor:
+    """The sum of both, quantized by those quantizers that are there; in one pass where there is a kernel."""
+    # A tensor with other readers is quantized once for all of them, and first: it may be so already.
+    if a_quantizer is not None and not a_quantizer.quantizes_alone():
+        a, a_quantizer = a_quantizer(a), None
+    if b_quantizer is not None and not b_quantizer.quantizes_alone():
+        b, b_quantizer = b_quantizer(b), None
+    if a_quantizer is None:
+        a, b, a_quantizer, b_quantizer = b, a, b_quantizer, None
+    if a_quantizer is not None and (b_quantizer is None or b_quantizer.fmt == a_quantizer.fmt):
+        b_amax = None if b_quantizer is None else b_quantizer.amax
+        in_one = fake_quantize_add(a, a_quantizer.amax, b, b_amax, fmt=a_quantizer.fmt)
+        if in_one is not None:
+            return in_one
+    return (a if a_quantizer is None else a_quantizer(a)) + (b if b_quantizer is None else b_quantizer(b))
 
 
 class QuantAdd(Add):
@@ -51,10 +69,9 @@ class QuantAdd(Add):
     def forward(self, a: Any, b: Any) -> Any:
         # The same expression may add something else than two activations in another call (a flag, a shape).
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if self.a_quantizer is not None and not (self.fuse and self.fusable == 0):
-                a = self.a_quantizer(a)
-            if self.b_quantizer is not None and not (self.fuse and self.fusable == 1):
-                b = self.b_quantizer(b)
+            a_quantizer = None if self.fuse and self.fusable == 0 else self.a_quantizer
+            b_quantizer = None if self.fuse and self.fusable == 1 else self.b_quantizer
+            return _sum(a, b, a_quantizer, b_quantizer)
         return a + b
 
     def extra_repr(self) -> str:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .. import kernels
 from ..kernels import fake_quantize_range
 from ..numerics import Format
-from ..quantizer import Quantizer, State, WeightQuantizer
+from ..quantizer import Quantizer, WeightQuantizer
 
 
 class Geometry(NamedTuple):
@@ -74,9 +74,11 @@ def layer(
         weight_quantizer: Site of ``weight``.
     """
     # A tensor with several readers is quantized once, for all of them.
-    alone = input_quantizer.readers == 1 and _is_plain(input_quantizer) and kernels.runs_triton(x, input_quantizer.amax)
+    alone = input_quantizer.quantizes_alone() and kernels.runs_triton(x, input_quantizer.amax)
     y = None if alone else input_quantizer(x)
-    inside = _is_plain(weight_quantizer) and weight_quantizer.follow and kernels.quantizes_rows(weight, weight_quantizer.axis)
+    inside = (
+        weight_quantizer.quantizes_alone() and weight_quantizer.follow and kernels.quantizes_rows(weight, weight_quantizer.axis)
+    )
     if not inside:
         weight = weight_quantizer(weight)
     dtype = torch.result_type(x, weight)
@@ -84,12 +86,6 @@ def layer(
         dtype = torch.get_autocast_dtype(x.device.type)
     plan = _Plan(x, input_quantizer.amax, input_quantizer.fmt, weight_quantizer.fmt if inside else None, geometry, dtype)
     return _Layer.apply(x if y is None else None, y, weight, bias, plan)
-
-
-def _is_plain(site: Quantizer) -> bool:
-    """Whether a site does nothing but quantize with a range that is not learned, and nobody watches."""
-    watched = site._forward_hooks or site._forward_pre_hooks or site._backward_hooks or site._backward_pre_hooks
-    return site.state is State.QUANTIZING and not site.learned and not watched
 
 
 class _Layer(torch.autograd.Function):
