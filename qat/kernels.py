@@ -7,8 +7,8 @@ unless the scale is learned.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +20,9 @@ from . import numerics
 from .numerics import INT8, SCALE_MIN, Format, check_scale, lsq_factor
 
 _BLOCK = 4096
+# Bits in a word of a mask, and words of a block.
+_WORD = 32
+_WORDS = _BLOCK // _WORD
 _SMALLEST_BLOCK = 64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -55,8 +58,9 @@ def fake_quantize_range(
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton() -> Any:
+    """The module of the kernels; ``None`` without Triton."""
+    return importlib.import_module(".triton_kernels", __package__) if importlib.util.find_spec("triton") is not None else None
 
 
 def runs_triton(*tensors: Tensor) -> bool:
@@ -64,8 +68,11 @@ def runs_triton(*tensors: Tensor) -> bool:
     x = tensors[0]
     if not x.is_cuda or torch.compiler.is_compiling() or is_transformed():
         return False
-    same = all(t.device == x.device for t in tensors[1:])
-    return same and x.dtype in _DTYPES and x.numel() > 0 and _has_triton()
+    device = x.device
+    for other in tensors[1:]:
+        if other.device != device:
+            return False
+    return x.dtype in _DTYPES and x.numel() > 0 and _triton() is not None
 
 
 def is_transformed() -> bool:
@@ -95,12 +102,16 @@ def fake_quantize_weight(weight: Tensor, scale: Callable[[], Tensor], *, axis: i
 
 def quantizes_rows(weight: Tensor, axis: int | None) -> bool:
     """Whether a kernel finds and applies the ranges of ``weight`` along ``axis``."""
-    return axis == 0 and _has_rows(weight) and runs_triton(weight)
+    return axis == 0 and runs_triton(weight) and has_rows(weight)
 
 
-def _has_rows(x: Tensor) -> bool:
+def has_rows(x: Tensor) -> bool:
     """Whether the elements of each index of dimension 0 lie together in memory, without gaps."""
-    if x.ndim < 2 or x.numel() == 0 or (x.shape[0] > 1 and x.stride(0) != x.numel() // x.shape[0]):
+    if x.ndim < 2 or x.numel() == 0:
+        return False
+    if _is_dense(x):
+        return True
+    if x.shape[0] > 1 and x.stride(0) != x.numel() // x.shape[0]:
         return False
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size > 1):
@@ -152,18 +163,15 @@ def _is_dense(x: Tensor) -> bool:
 def _add(
     a: Tensor, b: Tensor, a_amax: Tensor, b_amax: Tensor | None, fmt: Format, *, with_masks: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    from .triton_kernels import WORD, add_kernel
-
     y, size = torch.empty_like(a), a.numel()
-    words = -(-size // WORD)
-    a_mask = torch.empty(words, dtype=torch.int32, device=a.device) if with_masks else None
-    b_mask = torch.empty(words, dtype=torch.int32, device=a.device) if with_masks and b_amax is not None else None
-    with _device(a):
-        add_kernel[_grid(size)](
-            a, a_amax, b, a_amax if b_amax is None else b_amax, y,
-            y if a_mask is None else a_mask, y if b_mask is None else b_mask, size,
-            fmt.qmin, fmt.qmax, SCALE_MIN, b_amax is not None, with_masks, _BLOCK // WORD, enable_fp_fusion=False,
-        )  # fmt: skip
+    a_mask = _empty_mask(a) if with_masks else None
+    b_mask = _empty_mask(a) if with_masks and b_amax is not None else None
+    _launch(
+        _triton().add_kernel, _blocks(size), a,
+        a, a_amax, b, a_amax if b_amax is None else b_amax, y,
+        y if a_mask is None else a_mask, y if b_mask is None else b_mask, size,
+        fmt.qmin, fmt.qmax, SCALE_MIN, b_amax is not None, with_masks, _WORDS, enable_fp_fusion=False,
+    )  # fmt: skip
     return y, a_mask, b_mask
 
 
@@ -174,29 +182,24 @@ def forward(x: Tensor, amax: Tensor, fmt: Format, dtype: torch.dtype, *, with_ma
 
 def clip(grad: Tensor, mask: Tensor, x: Tensor) -> Tensor:
     """The gradient of ``x`` in :func:`forward`, from that of its result, which it may overwrite."""
-    layout = torch.empty_like(x, dtype=grad.dtype) if grad.stride() != x.stride() else grad
-    grad = _dense(grad, layout)
+    if grad.stride() != x.stride():
+        grad = _dense(grad, torch.empty_like(x, dtype=grad.dtype))
     _clip(grad, mask, grad)
     return grad
 
 
 def forward_rows(weight: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
     """What :func:`fake_quantize_weight` gives, in ``dtype``, for a weight that :func:`quantizes_rows`."""
-    from .triton_kernels import weight_kernel
-
     y = torch.empty_like(weight, dtype=dtype)
     size = weight.numel() // weight.shape[0]
     block = min(max(1 << (size - 1).bit_length(), _SMALLEST_BLOCK), _BLOCK)
-    with _device(weight):
-        weight_kernel[(weight.shape[0],)](weight, y, size, SCALE_MIN, fmt.qmin, fmt.qmax, block)
+    _launch(_triton().weight_kernel, weight.shape[0], weight, weight, y, size, SCALE_MIN, fmt.qmin, fmt.qmax, block)
     return y
 
 
 def _clip(grad: Tensor, mask: Tensor, out: Tensor) -> None:
-    from .triton_kernels import WORD, clip_kernel
-
-    with _device(grad):
-        clip_kernel[_grid(grad.numel())](grad, mask, out, grad.numel(), _BLOCK // WORD)
+    size = grad.numel()
+    _launch(_triton().clip_kernel, _blocks(size), grad, grad, mask, out, size, _WORDS)
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
@@ -207,33 +210,43 @@ def _dense(x: Tensor, like: Tensor) -> Tensor:
     return x if same else torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
-def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of ``x`` the current one, which it mostly is."""
-    current = not x.is_cuda or x.device.index == torch.cuda.current_device()
-    return contextlib.nullcontext() if current else torch.cuda.device_of(x)
+def _launch(kernel: Any, programs: int, x: Tensor, *args: Any, **options: Any) -> None:
+    """Start ``programs`` of a kernel on the device of ``x``, which mostly is the current one."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        kernel[(programs,)](*args, **options)
+    else:
+        with torch.cuda.device_of(x):
+            kernel[(programs,)](*args, **options)
 
 
-def _grid(size: int) -> tuple[int]:
-    return (-(-size // _BLOCK),)
+def _blocks(size: int) -> int:
+    return -(-size // _BLOCK)
 
 
 def _forward(
     x: Tensor, range_: Tensor, axis: int | None, fmt: Format, scale_min: float, dtype: torch.dtype, *, with_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
-    from .triton_kernels import WORD, quantize_kernel
-
     # Where x has gaps or overlaps, a result of that layout has none.
     y = torch.empty_like(x, dtype=dtype)
-    x = _dense(x, y)
+    if not _is_dense(x):
+        x = _dense(x, y)
     size = x.numel()
-    mask = torch.empty(-(-size // WORD), dtype=torch.int32, device=x.device) if with_mask else None
-    period, channels = (1, 1) if axis is None else (y.stride(axis), y.shape[axis])
-    with _device(x):
-        quantize_kernel[_grid(size)](
-            x, range_.contiguous(), y, y if mask is None else mask, size, period, channels,
-            fmt.qmin, fmt.qmax, scale_min, axis is not None, with_mask, _BLOCK // WORD,
-        )  # fmt: skip
+    mask = _empty_mask(x) if with_mask else None
+    if axis is None:
+        period = channels = 1
+    else:
+        range_, period, channels = range_.contiguous(), y.stride(axis), y.shape[axis]
+    _launch(
+        _triton().quantize_kernel, _blocks(size), x,
+        x, range_, y, y if mask is None else mask, size, period, channels,
+        fmt.qmin, fmt.qmax, scale_min, axis is not None, with_mask, _WORDS,
+    )  # fmt: skip
     return y, mask
+
+
+def _empty_mask(x: Tensor) -> Tensor:
+    """Memory for one bit an element of ``x``."""
+    return x.new_empty(-(-x.numel() // _WORD), dtype=torch.int32)
 
 
 class _FakeQuantizeAdd(torch.autograd.Function):
@@ -256,11 +269,8 @@ class _FakeQuantizeAdd(torch.autograd.Function):
         if b_mask is None:
             _clip(dense, a_mask, a_grad)
             return a_grad, grad, None, None, None
-        from .triton_kernels import WORD, add_backward_kernel
-
-        b_grad = torch.empty_like(a_grad)
-        with _device(grad):
-            add_backward_kernel[_grid(dense.numel())](dense, a_mask, b_mask, a_grad, b_grad, dense.numel(), _BLOCK // WORD)
+        b_grad, size = torch.empty_like(a_grad), grad.numel()
+        _launch(_triton().add_backward_kernel, _blocks(size), grad, dense, a_mask, b_mask, a_grad, b_grad, size, _WORDS)
         return a_grad, b_grad, None, None, None
 
 
@@ -303,12 +313,12 @@ class _FakeQuantize(torch.autograd.Function):
         if not ctx.learned:
             _clip(grad, ctx.saved_tensors[0], out)
             return out, None, None, None, None
-        from .triton_kernels import learned_kernel
-
         x, scale = ctx.saved_tensors
-        sums = torch.empty(_grid(grad.numel()), dtype=torch.float32, device=x.device)
-        with _device(grad):
-            learned_kernel[_grid(grad.numel())](
-                grad, _dense(x, out), scale, out, sums, grad.numel(), ctx.fmt.qmin, ctx.fmt.qmax, _BLOCK
-            )
+        size = grad.numel()
+        sums = torch.empty(_blocks(size), dtype=torch.float32, device=x.device)
+        fmt = ctx.fmt
+        _launch(
+            _triton().learned_kernel, _blocks(size), grad,
+            grad, _dense(x, out), scale, out, sums, size, fmt.qmin, fmt.qmax, _BLOCK,
+        )  # fmt: skip
         return out, sums.sum().reshape(scale.shape) * ctx.factor, None, None, None

@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
-# Bits of one word of a mask.
-WORD = 32
 # tl.histogram counts by atomics in shared memory from 3.8 on. Before, it takes a number of instructions in proportion to the
 # number of bins for each value, and spills registers.
 FAST_HISTOGRAM = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)

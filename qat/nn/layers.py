@@ -99,7 +99,7 @@ class _QuantConv(QuantLayer):
         plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and input.ndim == weight.ndim
         if not plain or not self._recomputes(input):
             return super()._conv_forward(self.input_quantizer(input), self.weight_quantizer(weight), bias)  # type: ignore[misc]
-        geometry = recompute.Geometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
         return recompute.layer(input, weight, bias, geometry, self.input_quantizer, self.weight_quantizer)
 
 

@@ -9,45 +9,20 @@ for each function costs as much as the GPU's work on a layer of a small batch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import kernels
+from ..errors import QATError
 from ..kernels import fake_quantize_range
 from ..numerics import Format
 from ..quantizer import Quantizer, WeightQuantizer
 
-
-class Geometry(NamedTuple):
-    """Of a convolution, as in ``torch.nn.functional.conv2d``."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-
-class _Plan(NamedTuple):
-    """What a layer does besides its operands.
-
-    Attributes:
-        x: The tensor before quantization.
-        amax: Its range.
-        fmt: Its format.
-        weight_fmt: Format of the weight; ``None`` if it is quantized already.
-        geometry: Of a convolution; ``None`` for a linear layer.
-        dtype: In which it is computed.
-    """
-
-    x: Tensor
-    amax: Tensor
-    fmt: Format
-    weight_fmt: Format | None
-    geometry: Geometry | None
-    dtype: torch.dtype
+# Stride, padding, dilation and groups of a convolution, as in ``torch.nn.functional.conv2d``; ``None`` for a linear layer.
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None
 
 
 def pays(x: Tensor) -> bool:
@@ -59,7 +34,7 @@ def layer(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    geometry: Geometry | None,
+    geometry: Geometry,
     input_quantizer: Quantizer,
     weight_quantizer: WeightQuantizer,
 ) -> Tensor:
@@ -73,64 +48,84 @@ def layer(
         input_quantizer: Site of ``x``.
         weight_quantizer: Site of ``weight``.
     """
+    amax = input_quantizer.amax
+    has_kernels = kernels.runs_triton(x, amax, weight)
     # A tensor with several readers is quantized once, for all of them.
-    alone = input_quantizer.quantizes_alone() and kernels.runs_triton(x, input_quantizer.amax)
+    alone = has_kernels and input_quantizer.quantizes_alone()
     y = None if alone else input_quantizer(x)
-    inside = (
-        weight_quantizer.quantizes_alone() and weight_quantizer.follow and kernels.quantizes_rows(weight, weight_quantizer.axis)
-    )
-    if not inside:
+    weight_fmt = None
+    if has_kernels and weight_quantizer.follow and weight_quantizer.axis == 0 and weight_quantizer.quantizes_alone():
+        weight_fmt = weight_quantizer.fmt if kernels.has_rows(weight) else None
+    if weight_fmt is None:
         weight = weight_quantizer(weight)
-    dtype = torch.result_type(x, weight)
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    plan = _Plan(x, input_quantizer.amax, input_quantizer.fmt, weight_quantizer.fmt if inside else None, geometry, dtype)
-    return _Layer.apply(x if y is None else None, y, weight, bias, plan)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = x.dtype if x.dtype == weight.dtype else torch.result_type(x, weight)
+    # In one argument, since each costs time.
+    plan = x, amax, input_quantizer.fmt, weight_fmt, geometry, dtype, has_kernels
+    result: Tensor = _Layer.apply(x if alone else None, y, weight, bias, plan)
+    return result
 
 
 class _Layer(torch.autograd.Function):
-    """Gets the input either as it is (``x``) or quantized (``y``)."""
+    """Gets the input either as it is (``x``) or quantized (``y``); what it saves is ``source``, the input as it is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor | None, y: Tensor | None, weight: Tensor, bias: Tensor | None, plan: _Plan) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor | None,
+        y: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: tuple[Tensor, Tensor, Format, Format | None, Geometry, torch.dtype, bool],
+    ) -> Tensor:
+        source, amax, fmt, weight_fmt, geometry, dtype, has_kernels = plan
         mask = None
         if x is not None:
-            y, mask = kernels.forward(x, plan.amax, plan.fmt, plan.dtype, with_mask=ctx.needs_input_grad[0])
+            y, mask = kernels.forward(x, amax, fmt, dtype, with_mask=ctx.needs_input_grad[0])
         else:
             assert y is not None
-            y = y.to(plan.dtype)
-        ctx.weight_dtype = weight.dtype
-        weight = weight.to(plan.dtype) if plan.weight_fmt is None else kernels.forward_rows(weight, plan.weight_fmt, plan.dtype)
-        ctx.bias = None if bias is None else (list(bias.shape), bias.dtype)
-        ctx.fmt, ctx.geometry, ctx.dtype, ctx.quantizes = plan.fmt, plan.geometry, plan.dtype, x is not None
-        ctx.save_for_backward(plan.x, plan.amax, weight, mask)
-        bias = None if bias is None else bias.to(plan.dtype)
-        if plan.geometry is None:
+            y = y.to(dtype)
+        ctx.plan = fmt, geometry, dtype, has_kernels, weight.dtype, None if bias is None else (list(bias.shape), bias.dtype)
+        weight = weight.to(dtype) if weight_fmt is None else kernels.forward_rows(weight, weight_fmt, dtype)
+        ctx.save_for_backward(source, amax, weight, mask)
+        if bias is not None:
+            bias = bias.to(dtype)
+        if geometry is None:
             return F.linear(y, weight, bias)
-        stride, padding, dilation, groups = plan.geometry
+        stride, padding, dilation, groups = geometry
         return torch.convolution(y, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # torch's decorator for this wraps every call in Python.
+        if torch.is_grad_enabled():
+            raise QATError("a fake-quantized layer has no second derivative on CUDA. Leave out create_graph=True")
         x, amax, weight, mask = ctx.saved_tensors
         need_x, need_y, need_weight, need_bias = ctx.needs_input_grad[:4]
-        # The gradient of the input alone needs the input's shape only.
-        y = fake_quantize_range(x, amax, fmt=ctx.fmt, dtype=ctx.dtype) if need_weight else x
+        fmt, geometry, dtype, has_kernels, weight_dtype, bias_like = ctx.plan
+        y = x
+        if need_weight and has_kernels:
+            y, _ = kernels.forward(x, amax, fmt, dtype, with_mask=False)
+        elif need_weight:
+            y = fake_quantize_range(x, amax, fmt=fmt, dtype=dtype)
+        # Otherwise the gradient of the input alone needs the input's shape only.
         wanted = (need_x or need_y, need_weight, need_bias)
-        if ctx.geometry is None:
+        if geometry is None:
             grad_y, grad_weight, grad_bias = _linear_backward(grad, y, weight, wanted)
         else:
-            stride, padding, dilation, groups = ctx.geometry
-            sizes = None if ctx.bias is None else ctx.bias[0]
+            stride, padding, dilation, groups = geometry
+            sizes = None if bias_like is None else bias_like[0]
             grad_y, grad_weight, grad_bias = torch.ops.aten.convolution_backward.default(
-                grad, y.to(ctx.dtype), weight, sizes, stride, padding, dilation, False, (0,) * len(stride), groups, wanted
+                grad, y.to(dtype), weight, sizes, stride, padding, dilation, False, (0,) * len(stride), groups, wanted
             )
         if grad_weight is not None:
-            grad_weight = grad_weight.to(ctx.weight_dtype)
+            grad_weight = grad_weight.to(weight_dtype)
         if grad_bias is not None:
-            grad_bias = grad_bias.to(ctx.bias[1])
-        if not ctx.quantizes:
+            grad_bias = grad_bias.to(bias_like[1])
+        if mask is None:
             return None, grad_y, grad_weight, grad_bias, None
         if grad_y is not None:
             grad_y = kernels.clip(grad_y, mask, x).to(x.dtype)
