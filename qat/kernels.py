@@ -48,6 +48,9 @@ def fake_quantize_range(
         fmt: Number format.
         dtype: Of the result, if not that of ``x``. Without a gradient then.
     """
+    if torch.compiler.is_compiling():
+        y = numerics.traced_fake_quantize(x, amax, axis, fmt)
+        return y if dtype is None else y.to(dtype)
     if amax.requires_grad or not runs_triton(x, amax):
         y = fake_quantize(x, numerics.amax_to_scale(amax, fmt), axis=axis, fmt=fmt)
         return y if dtype is None else y.to(dtype)

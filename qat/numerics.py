@@ -63,8 +63,7 @@ def amax_to_scale(amax: Tensor, fmt: Format = INT8) -> Tensor:
     # A tensor divisor: dividing by a Python number may become a multiplication by its reciprocal on CUDA, one ulp off.
     wide = amax.to(torch.float32)
     if torch.compiler.is_compiling():
-        # Compilers for GPUs divide float32 approximately, float64 not. 53 bits are enough to be rounded again (Figueroa 1995).
-        return (wide.to(torch.float64) / fmt.qmax).to(torch.float32).clamp(min=SCALE_MIN)
+        return _traced_scale(wide, fmt)
     return (wide / torch.full_like(wide, fmt.qmax)).clamp(min=SCALE_MIN)
 
 
@@ -242,12 +241,52 @@ def _total(grad: Tensor, slope: Tensor, x: Tensor, scale: Tensor, axis: int | No
 
 # One operator for what traces Python code, and would follow every line of an autograd function for each of its calls: that was
 # most of the time to compile a model. What makes code from the trace sees through it.
-torch.library.define("qat::traced_fake_quantize", "(Tensor x, Tensor scale, int? axis, str fmt, float factor) -> Tensor")
+torch.library.define("qat::traced_fake_quantize", "(Tensor x, Tensor range, int? axis, str fmt, bool is_scale) -> Tensor")
+torch.library.define("qat::traced_fake_quantize_weight", "(Tensor weight, int? axis, str fmt) -> Tensor")
 
 
 @torch.library.impl("qat::traced_fake_quantize", "CompositeImplicitAutograd")
-def _(x: Tensor, scale: Tensor, axis: int | None, fmt: str, factor: float) -> Tensor:
-    return _FakeQuantizeTraced.apply(x, scale, axis, FORMATS[fmt], factor)
+def _(x: Tensor, range: Tensor, axis: int | None, fmt: str, is_scale: bool) -> Tensor:
+    format_ = FORMATS[fmt]
+    scale = range if is_scale else _traced_scale(range, format_)
+    return _FakeQuantizeTraced.apply(x, scale, axis, format_, lsq_factor(x, scale, format_))
+
+
+@torch.library.impl("qat::traced_fake_quantize_weight", "CompositeImplicitAutograd")
+def _(weight: Tensor, axis: int | None, fmt: str) -> Tensor:
+    format_ = FORMATS[fmt]
+    scale = _traced_scale(largest_magnitude(weight.detach(), axis), format_)
+    return _FakeQuantizeTraced.apply(weight, scale, axis, format_, 1.0)
+
+
+def _traced_scale(amax: Tensor, fmt: Format) -> Tensor:
+    """:func:`amax_to_scale` for compilers: those for GPUs divide float32 approximately, but not float64.
+
+    A quotient of two float32 that was rounded to 53 bits may be rounded again (Figueroa 1995).
+    """
+    return (amax.to(torch.float64) / fmt.qmax).to(torch.float32).clamp(min=SCALE_MIN)
+
+
+def traced_fake_quantize(x: Tensor, amax: Tensor, axis: int | None, fmt: Format) -> Tensor:
+    """:func:`fake_quantize` by a range, for code that is being compiled."""
+    check_scale(x, amax, axis)
+    y: Tensor = torch.ops.qat.traced_fake_quantize(x, amax, axis, fmt.name, False)
+    return y
+
+
+def traced_fake_quantize_weight(weight: Tensor, axis: int | None, fmt: Format) -> Tensor:
+    """The same by the range that is the weight's own."""
+    y: Tensor = torch.ops.qat.traced_fake_quantize_weight(weight, axis, fmt.name)
+    return y
+
+
+def largest_magnitude(x: Tensor, axis: int | None) -> Tensor:
+    """Of each channel, or of all of ``x``; float32."""
+    dims = [d for d in range(x.ndim) if axis is None or d != axis % x.ndim]
+    if not dims:  # torch takes that for all of them
+        return x.abs().to(torch.float32)
+    # Two reductions read less than one of abs() writes.
+    return torch.maximum(x.amax(dims), -x.amin(dims)).to(torch.float32)
 
 
 def check_scale(x: Tensor, scale: Tensor, axis: int | None) -> None:
@@ -292,11 +331,10 @@ def fake_quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: For
         tensor([  0.5000, -64.0000])
     """
     check_scale(x, scale, axis)
-    factor = lsq_factor(x, scale, fmt)
     if torch.compiler.is_compiling():
-        traced: Tensor = torch.ops.qat.traced_fake_quantize(x, scale, axis, fmt.name, factor)
+        traced: Tensor = torch.ops.qat.traced_fake_quantize(x, scale, axis, fmt.name, True)
         return traced
-    return _FakeQuantize.apply(x, scale, axis, fmt, factor)
+    return _FakeQuantize.apply(x, scale, axis, fmt, lsq_factor(x, scale, fmt))
 
 
 @torch.library.custom_op("qat::fake_quantize", mutates_args=())

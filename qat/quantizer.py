@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import QATError
 from .kernels import fake_quantize_range, fake_quantize_weight
-from .numerics import INT8, SCALE_MIN, Format, amax_to_scale, fake_quantize_node
+from .numerics import INT8, SCALE_MIN, Format, amax_to_scale, fake_quantize_node, largest_magnitude, traced_fake_quantize_weight
 
 
 class State(str, enum.Enum):
@@ -136,12 +136,11 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.state is State.QUANTIZING:
+            # First, since compilers guard what they see.
+            if torch.compiler.is_compiling():
+                return self._traced(x)
             if (known := self._result_for(x)) is not None:
                 return known
-            if self.readers > 1 and torch.compiler.is_compiling() and torch.is_grad_enabled():
-                # Where branches meet, compilers would keep the result and what tells whether it was clipped, for the backward
-                # pass: more than the tensor itself, from which both follow.
-                return checkpoint(self._fake_quantize, x, use_reentrant=False, preserve_rng_state=False)
             result = self._fake_quantize(x)
             self._remember(x, result)
             return result
@@ -150,6 +149,13 @@ class Quantizer(nn.Module):
         elif self.state is State.EXPORTING:
             return fake_quantize_node(x, self.export_scale, self.axis, self.fmt.name)
         return x
+
+    def _traced(self, x: Tensor) -> Tensor:
+        if self.readers > 1 and torch.is_grad_enabled():
+            # Where branches meet, compilers would keep the result and what tells whether it was clipped, for the backward
+            # pass: more than the tensor itself, from which both follow.
+            return checkpoint(self._fake_quantize, x, use_reentrant=False, preserve_rng_state=False)
+        return self._fake_quantize(x)
 
     def quantizes_alone(self) -> bool:
         """Whether the site only quantizes, by a range that is not learned, for one reader, and nobody watches."""
@@ -161,9 +167,6 @@ class Quantizer(nn.Module):
 
         The result is kept until all readers have had it, or its tensor is gone; afterwards only if a layer saved it.
         """
-        # First, since compilers guard what they see.
-        if torch.compiler.is_compiling():
-            return None
         memory = self._memory
         if memory.last is None:
             return None
@@ -178,7 +181,7 @@ class Quantizer(nn.Module):
         return result
 
     def _remember(self, x: Tensor, result: Tensor) -> None:
-        if torch.compiler.is_compiling() or type(x) is not Tensor:
+        if type(x) is not Tensor:
             return
         if result.requires_grad and x.is_leaf:
             # The same leaf may come again after a backward pass, which frees what the result's gradient needs.
@@ -280,16 +283,13 @@ class WeightQuantizer(Quantizer):
 
     def weight_amax(self, weight: Tensor) -> Tensor:
         """Largest magnitude of ``weight``, float32, shape of ``self.amax``."""
-        weight = weight.detach()
-        dims = [d for d in range(weight.ndim) if self.axis is None or d != self.axis % weight.ndim]
-        if not dims:  # torch takes that for all of them
-            return weight.abs().to(torch.float32)
-        # Two reductions read less than one of abs() writes.
-        return torch.maximum(weight.amax(dims), -weight.amin(dims)).to(torch.float32)
+        return largest_magnitude(weight.detach(), self.axis)
 
     def _fake_quantize(self, x: Tensor) -> Tensor:
         if not self.follow:
             return super()._fake_quantize(x)
+        if torch.compiler.is_compiling():
+            return traced_fake_quantize_weight(x, self.axis, self.fmt)
         return fake_quantize_weight(x, lambda: self.range_scale(x), axis=self.axis, fmt=self.fmt)
 
     def range_scale(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels import fake_quantize_add
@@ -25,6 +26,8 @@ class Add(nn.Module):
 
 def _sum(a: Tensor, b: Tensor, a_quantizer: Quantizer | None, b_quantizer: Quantizer | None) -> Tensor:
     """The sum of both, quantized by those quantizers that are there; in one pass where there is a kernel."""
+    if torch.compiler.is_compiling():
+        return (a if a_quantizer is None else a_quantizer(a)) + (b if b_quantizer is None else b_quantizer(b))
     # A tensor with other readers is quantized once for all of them, and first: it may be so already.
     if a_quantizer is not None and not a_quantizer.quantizes_alone():
         a, a_quantizer = a_quantizer(a), None
