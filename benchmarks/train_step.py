@@ -4,7 +4,8 @@
     python benchmarks/train_step.py --model resnet18 --batch 32 --size 96 --device cpu --threads 2 --rounds 5
 
 Same model, images and seed for all: cross entropy, SGD with momentum, random images that stay on the device. Variants whose
-name ends in ``-compiled`` run under ``torch.compile``. ``torch`` has this package's placement, each site a
+name ends in ``-compiled`` run under ``torch.compile``, those in ``-graphed`` are the eager step replayed as a CUDA graph: what
+the GPU does, without what the host takes to tell it. ``torch`` has this package's placement, each site a
 ``torch.fake_quantize_per_tensor_affine`` or ``_per_channel_affine``; ``modelopt``, ``brevitas`` and ``torchao`` place their own
 sites, by their defaults for INT8. The others are not installed with this package: pip install -e '.[bench]'.
 """
@@ -91,12 +92,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     labels = torch.randint(0, args.classes, (args.batch,), device=device)
     if args.channels_last:
         model, images = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
-    name, _, compiled = args.variant.partition("-")
+    name, _, how = args.variant.partition("-")
     if name != "float":
         model = quantized(model, images, name)
     if name != "torchao":
         model.train()
-    step_model = torch.compile(model, mode=args.mode) if compiled else model
+    step_model = torch.compile(model, mode=args.mode) if how == "compiled" else model
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
 
@@ -119,12 +120,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.warm_up):
         step()
     wait()
+    run = step
+    if how == "graphed":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        run = graph.replay
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(args.steps):
         begin = time.perf_counter()
-        step()
+        run()
         wait()
         times.append(1000 * (time.perf_counter() - begin))
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
@@ -155,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], failed: dict[str, str]) -> None:
-    """A Markdown table; a variant is compared with the float step of its own kind, compiled or not."""
+    """A Markdown table; a variant is compared with the float step of its own kind: eager, compiled or graphed."""
     if not found:
         print("no variant ran: " + "; ".join(f"{variant}: {why}" for variant, why in failed.items()))
         return
@@ -165,7 +172,7 @@ def report(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], fai
     print("| step | ms | to float | peak GiB | to float | first step s |\n|---|---|---|---|---|---|")
     medians = {variant: [statistics.median(one["times"]) for one in rounds] for variant, rounds in found.items()}
     for variant, rounds in found.items():
-        base = "float-compiled" if variant.endswith("-compiled") else "float"
+        base = "-".join(["float", *variant.split("-")[1:]])
         ratios = [a / b for a, b in zip(medians[variant], medians.get(base, []), strict=False)]
         ratio = f"{statistics.median(ratios):.3f}" if ratios else ""
         peaks = [found[name][0]["peak"] if name in found else None for name in (variant, base)]
@@ -197,9 +204,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", dest="variant", help="measure this variant here, and print JSON")
     args = parser.parse_args()
-    unknown = [name for name in args.variants if name.removesuffix("-compiled") not in VARIANTS]
+    unknown = [name for name in args.variants if name.removesuffix("-compiled").removesuffix("-graphed") not in VARIANTS]
     if unknown:
-        parser.error(f"no variant {unknown[0]}; choose from {', '.join(VARIANTS)}, each also with -compiled behind")
+        parser.error(f"no variant {unknown[0]}; choose from {', '.join(VARIANTS)}, each also with -compiled or -graphed behind")
     if args.variant:
         print(json.dumps(measure(args)))
         return 0
