@@ -231,6 +231,24 @@ class _FakeQuantizeTraced(torch.autograd.Function):
         return grad_x, grad_scale, None, None, None
 
 
+class _FakeQuantizeWeightTraced(torch.autograd.Function):
+    """By the range that is the weight's own, outside of which nothing lies: the gradient passes as it is."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, scale: Tensor, axis: int | None, fmt: Format) -> Tensor:
+        return _FakeQuantizeTraced.forward(weight, scale, axis, fmt, 1.0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, None, None, None
+
+
 def _total(grad: Tensor, slope: Tensor, x: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     """``grad * slope``, summed over the elements that share a scale."""
     product = grad.to(torch.float32) * slope
@@ -256,7 +274,7 @@ def _(x: Tensor, range: Tensor, axis: int | None, fmt: str, is_scale: bool) -> T
 def _(weight: Tensor, axis: int | None, fmt: str) -> Tensor:
     format_ = FORMATS[fmt]
     scale = _traced_scale(largest_magnitude(weight.detach(), axis), format_)
-    return _FakeQuantizeTraced.apply(weight, scale, axis, format_, 1.0)
+    return _FakeQuantizeWeightTraced.apply(weight, scale, axis, format_)
 
 
 def _traced_scale(amax: Tensor, fmt: Format) -> Tensor:
