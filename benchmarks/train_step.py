@@ -3,9 +3,10 @@
     python benchmarks/train_step.py --model resnet50 --batch 128 --device cuda --amp bf16 --channels-last
     python benchmarks/train_step.py --model resnet18 --batch 32 --size 96 --device cpu --threads 2 --rounds 5
 
-Same model, images and seed for all: cross entropy, SGD with momentum, random images that stay on the device. Variants whose
-name ends in ``-compiled`` run under ``torch.compile``, those in ``-graphed`` are the eager step replayed as a CUDA graph: what
-the GPU does, without what the host takes to tell it. ``torch`` has this package's placement, each site a
+With ``--together`` all processes start and compile side by side, and are measured one after the other when all are ready. Same
+model, images and seed for all: cross entropy, SGD with momentum, random images that stay on the device. Variants whose name
+ends in ``-compiled`` run under ``torch.compile``, those in ``-graphed`` are the eager step replayed as a CUDA graph: what the
+GPU does, without what the host takes to tell it. ``torch`` has this package's placement, each site a
 ``torch.fake_quantize_per_tensor_affine`` or ``_per_channel_affine``; ``modelopt``, ``brevitas`` and ``torchao`` place their own
 sites, by their defaults for INT8. The others are not installed with this package: pip install -e '.[bench]'.
 """
@@ -17,10 +18,13 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 VARIANTS = ("float", "qat", "lsq", "torch", "modelopt", "brevitas", "torchao")
+READY = "ready to measure"
 DEFAULT = ("float", "qat", "torch", "modelopt", "float-compiled", "qat-compiled", "lsq-compiled", "torch-compiled")
 
 
@@ -126,6 +130,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         with torch.cuda.graph(graph):
             step()
         run = graph.replay
+    if args.wait:
+        print(READY, flush=True)
+        sys.stdin.readline()
+        # The device may have lowered its clocks meanwhile.
+        for _ in range(args.warm_up):
+            run()
+        wait()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = []
@@ -139,24 +150,62 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"times": times, "first": first, "peak": peak, "device": where, "torch": torch.__version__}
 
 
+class Process:
+    """A variant in a process of its own, which gets ready and then waits."""
+
+    def __init__(self, variant: str, args: argparse.Namespace) -> None:
+        shared = [
+            "--" + name.replace("_", "-") + f"={getattr(args, name)}" for name in SETTINGS if getattr(args, name) is not None
+        ]
+        shared += ["--channels-last"] if args.channels_last else []
+        command = [sys.executable, __file__, "--one", variant, "--wait", *shared]
+        self.variant = variant
+        # A file, since a pipe that nobody reads would stop the process.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True)
+
+    def get_ready(self) -> None:
+        """Wait until it could start to measure, or has failed."""
+        for line in self._output():
+            if line.strip() == READY:
+                break
+
+    def measured(self) -> dict[str, Any] | str:
+        """Let it measure: what it found, or the last line of its error."""
+        assert self._process.stdin is not None
+        if self._process.poll() is None:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        said = list(self._output())
+        if self._process.wait() == 0:
+            found: dict[str, Any] = json.loads(said[-1])
+            return found
+        self._errors.seek(0)
+        return (self._errors.read().strip().splitlines() or [f"status {self._process.returncode}"])[-1]
+
+    def _output(self) -> Iterator[str]:
+        assert self._process.stdout is not None
+        return iter(self._process.stdout.readline, "")
+
+
 def run(args: argparse.Namespace) -> int:
     """All variants, round by round, so that what disturbs the machine disturbs all of them."""
     found: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, str] = {}
-    shared = ["--" + name.replace("_", "-") + f"={getattr(args, name)}" for name in SETTINGS if getattr(args, name) is not None]
-    shared += ["--channels-last"] if args.channels_last else []
     for _ in range(args.rounds):
-        for variant in args.variants:
-            if variant in failed:
-                continue
-            command = [sys.executable, __file__, "--one", variant, *shared]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                failed[variant] = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-                print(f"{variant}: {failed[variant]}", file=sys.stderr, flush=True)
-                continue
-            found.setdefault(variant, []).append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{variant}: {statistics.median(found[variant][-1]['times']):.1f} ms", file=sys.stderr, flush=True)
+        chosen = [variant for variant in args.variants if variant not in failed]
+        for group in [chosen] if args.together else [[variant] for variant in chosen]:
+            processes = [Process(variant, args) for variant in group]
+            for process in processes:
+                process.get_ready()
+            for process in processes:
+                answer = process.measured()
+                if isinstance(answer, str):
+                    failed[process.variant] = answer
+                    print(f"{process.variant}: {answer}", file=sys.stderr, flush=True)
+                else:
+                    found.setdefault(process.variant, []).append(answer)
+                    print(f"{process.variant}: {statistics.median(answer['times']):.1f} ms", file=sys.stderr, flush=True)
     report(args, found, failed)
     return 0
 
@@ -202,6 +251,8 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=5, help="steps before those, behind the first")
     parser.add_argument("--rounds", type=int, default=1, help="processes a variant")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--together", action="store_true", help="start all at once, and measure when all are ready")
+    parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", dest="variant", help="measure this variant here, and print JSON")
     args = parser.parse_args()
     unknown = [name for name in args.variants if name.removesuffix("-compiled").removesuffix("-graphed") not in VARIANTS]
