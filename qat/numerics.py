@@ -101,56 +101,50 @@ def quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: Format =
 
 def _codes_traced(x: Tensor, scale: Tensor, axis: int | None, fmt: Format) -> Tensor:
     """:func:`quantize` for compilers, which fuse what eager mode does in place."""
-    wide, step = x.to(torch.float32), broadcast_scale(scale, x, axis)
-    return round_quotient(wide, step, wide / step, fmt).clamp(fmt.qmin, fmt.qmax)
+    step = broadcast_scale(scale, x, axis)
+    return quotient(x.to(torch.float32), step, step.reciprocal()).round().clamp(fmt.qmin, fmt.qmax)
 
 
-def round_quotient(x: Tensor, scale: Tensor, ratio: Tensor, fmt: Format) -> Tensor:
-    """``round(x / scale)`` of the correctly rounded quotient, from one that is a few units in the last place off.
+def quotient(x: Tensor, scale: Tensor, about: Tensor) -> Tensor:
+    """The correctly rounded ``x / scale`` without a division for each element; for compilers.
 
-    Compilers for GPUs divide approximately (``div.full.f32``: 2 units), which moves codes near ties. Here the remainder
-    ``x - h * scale`` at the tie ``h`` next to ``ratio`` decides. It is exact in float32: ``h`` has 9 significant bits, and
-    ``scale`` is split into halves of 12 bits (Dekker 1971), so each product fits into 24, with or without fused
-    multiply-add.
+    Those for GPUs divide float32 approximately (``div.full.f32``: 2 units in the last place), which moves codes near ties.
+    Here ``x`` is multiplied by the reciprocal in float64, and the product rounded. A quotient of two float32 is at least
+    ``2 ** -49`` of itself away from where two float32 meet, in the middle between them, and the product at most ``2 ** -51``
+    from the quotient, so both are rounded to the same.
 
     Args:
         x: float32, any shape.
-        scale: float32, at least ``SCALE_MIN``, broadcasts against ``x``.
-        ratio: About ``x / scale``, shape of ``x``.
-        fmt: Number format.
+        scale: float32, ``2 ** -24`` to ``2 ** 121``, which are those of the ranges there can be. Broadcasts against ``x``.
+        about: Its reciprocal, float32, a few units in the last place off. Shape of ``scale``.
 
     Returns:
-        Shape of ``x``, float32, right within ``[fmt.qmin, fmt.qmax]`` and beyond these limits outside of them.
+        Shape of ``x``, float32.
     """
-    tie = ratio.clamp(fmt.qmin - 1, fmt.qmax + 1).floor() + 0.5
-    high, low = _halves(scale)
-    rest = (x - tie * high) - tie * low
-    # A quotient nearer to the tie than half a unit in its last place rounds to the tie itself, and that to even.
-    exponent = (tie.view(torch.int32) & 0x7F800000).view(torch.float32)
-    near = scale * exponent * 2.0**-24
-    return (tie + torch.where(rest > near, 0.25, torch.where(rest < -near, -0.25, 0.0))).round()
+    wide, about = scale.to(torch.float64), about.to(torch.float64)
+    # Exact: a product of two float32 fits into a float64. What the sum of this series leaves out is 2 ** -60.
+    rest = 1.0 - wide * about
+    return (x.to(torch.float64) * (about + about * (rest + rest * rest))).to(torch.float32)
 
 
 def _clipped_traced(value: Tensor, x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     """``value`` where ``x / scale`` rounds into the range, else 0; for compilers.
 
     The quotient rounds out of the range from the middle between the upper tie and the float32 below it on, and below the middle
-    between the lower tie and the float32 beyond it. ``x`` is compared with these multiples of ``scale`` by a remainder, exact
-    as in :func:`round_quotient`. A comparison is all there is, so that compilers recompute it rather than keep its result: a
-    rounding, or anything with bits, they would keep for the backward pass.
+    between the lower tie and the float32 beyond it: ``x`` is compared with these multiples of ``scale``. A comparison is all
+    there is, so that compilers recompute it rather than keep its result for the backward pass.
     """
-    high, low = _halves(scale)
-    above, below = fmt.qmax + 0.5, fmt.qmin - 0.5
-    over = (x - above * high) - above * low
-    under = (x - below * high) - below * low
-    inside = (over < -_half_unit(above) * scale) & (under >= -_half_unit(below) * scale)
+    above, below = fmt.qmax + 0.5, 0.5 - fmt.qmin
+    inside = (x < _limit(scale, above - _half_unit(above - 0.5))) & (x > -_limit(scale, below + _half_unit(below)))
     return torch.where(inside, value, 0)
 
 
-def _halves(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 of 12 significant bits at most, whose sum is ``scale``."""
-    high = (scale.view(torch.int32) & ~0xFFF).view(torch.float32)
-    return high, scale - high
+def _limit(scale: Tensor, times: float) -> Tensor:
+    """The least float32 that is not below ``times * scale``, a product that fits into a float64."""
+    exact = scale.to(torch.float64) * times
+    nearest = exact.to(torch.float32)
+    # 0.75 to 1.5 units in the last place are rounded to one.
+    return torch.where(nearest.to(torch.float64) < exact, nearest + nearest * (0.75 * 2.0**-23), nearest)
 
 
 def _half_unit(value: float) -> float:
@@ -222,9 +216,8 @@ class _FakeQuantizeTraced(torch.autograd.Function):
         wide, step = x.to(torch.float32), broadcast_scale(scale, x, ctx.axis)
         grad_x = grad_scale = None
         if ctx.needs_input_grad[1]:
-            ratio = wide / step
-            codes = round_quotient(wide, step, ratio, ctx.fmt).clamp(ctx.fmt.qmin, ctx.fmt.qmax)
-            slope = codes - _clipped_traced(ratio, wide, step, ctx.fmt)
+            ratio = quotient(wide, step, step.reciprocal())
+            slope = ratio.round().clamp(ctx.fmt.qmin, ctx.fmt.qmax) - _clipped_traced(ratio, wide, step, ctx.fmt)
             grad_scale = _total(grad, slope, x, scale, ctx.axis) * ctx.factor
         if ctx.needs_input_grad[0]:
             grad_x = _clipped_traced(grad, wide, step, ctx.fmt)
@@ -280,9 +273,9 @@ def _(weight: Tensor, axis: int | None, fmt: str) -> Tensor:
 def _traced_scale(amax: Tensor, fmt: Format) -> Tensor:
     """:func:`amax_to_scale` for compilers: those for GPUs divide float32 approximately, but not float64.
 
-    A quotient of two float32 that was rounded to 53 bits may be rounded again (Figueroa 1995).
+    A product with the reciprocal is as good (:func:`quotient`).
     """
-    return (amax.to(torch.float64) / fmt.qmax).to(torch.float32).clamp(min=SCALE_MIN)
+    return (amax.to(torch.float64) * (1.0 / fmt.qmax)).to(torch.float32).clamp(min=SCALE_MIN)
 
 
 def traced_fake_quantize(x: Tensor, amax: Tensor, axis: int | None, fmt: Format) -> Tensor:

@@ -19,8 +19,9 @@ def _code(x, scale, QMIN: tl.constexpr, QMAX: tl.constexpr):  # type: ignore[no-
     """``round(x / scale)``, half to even, right within the range and beyond it outside; signs of zeros as torch.round has them.
 
     Without a division for each element: by IEEE's rules that is a subroutine where ``x`` is zero, as half of what leaves a ReLU
-    is. An approximate quotient says next to which tie the right one lies, and the remainder there, exact as in
-    ``numerics.round_quotient``, on which side of it.
+    is. An approximate quotient says next to which tie the right one lies, and the remainder there on which side of it. That is
+    exact in float32: the tie has 9 significant bits, and the scale is split into halves of 12 bits (Dekker 1971), so each
+    product fits into 24, with or without fused multiply-add.
     """
     one = tl.zeros(scale.shape, tl.float32) + 1.0
     about = x * tl.div_rn(one, scale)
