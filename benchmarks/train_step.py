@@ -5,22 +5,25 @@
 
 With ``--together`` all processes start and compile side by side, and are measured one after the other when all are ready. Same
 model, images and seed for all: cross entropy, SGD with momentum, random images that stay on the device. Variants whose name
-ends in ``-compiled`` run under ``torch.compile``, those in ``-graphed`` are the eager step replayed as a CUDA graph: what the
-GPU does, without what the host takes to tell it. ``torch`` has this package's placement, each site a
-``torch.fake_quantize_per_tensor_affine`` or ``_per_channel_affine``; ``modelopt``, ``brevitas`` and ``torchao`` place their own
-sites, by their defaults for INT8. The others are not installed with this package: pip install -e '.[bench]'.
+ends in ``-compiled`` run under ``torch.compile`` with ``qat.compile_options()``, those in ``-default`` without, those in
+``-graphed`` are the eager step replayed as a CUDA graph. ``GPU ms`` is what its kernels take together, without what the host
+takes to start them. ``torch`` has this package's placement, each site a ``torch.fake_quantize_per_tensor_affine`` or
+``_per_channel_affine``; ``modelopt``, ``brevitas`` and ``torchao`` place their own sites, by their defaults for INT8. The
+others are not installed with this package: pip install -e '.[bench]'.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 VARIANTS = ("float", "qat", "lsq", "torch", "modelopt", "brevitas", "torchao")
@@ -101,7 +104,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         model = quantized(model, images, name)
     if name != "torchao":
         model.train()
-    step_model = torch.compile(model, mode=args.mode) if how == "compiled" else model
+    step_model = model
+    if how == "compiled":
+        import qat
+
+        step_model = torch.compile(model, options=qat.compile_options(args.mode))
+    elif how == "default":
+        step_model = torch.compile(model, mode=args.mode)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
 
@@ -147,7 +156,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         times.append(1000 * (time.perf_counter() - begin))
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    return {"times": times, "first": first, "peak": peak, "device": where, "torch": torch.__version__}
+    kernels = time_kernels(run) if device.type == "cuda" else {}
+    return {"times": times, "first": first, "peak": peak, "device": where, "torch": torch.__version__, "kernels": kernels}
+
+
+def time_kernels(run: Callable[[], None], steps: int = 3) -> dict[str, float]:
+    """Milliseconds a step that the GPU spends in each kernel."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            run()
+        torch.cuda.synchronize()
+    total: Counter[str] = Counter()
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            total[event.name] += event.time_range.elapsed_us() / 1000 / steps
+    return dict(total.most_common())
 
 
 class Process:
@@ -198,6 +223,7 @@ def run(args: argparse.Namespace) -> int:
             processes = [Process(variant, args) for variant in group]
             for process in processes:
                 process.get_ready()
+            print(READY, file=sys.stderr, flush=True)
             for process in processes:
                 answer = process.measured()
                 if isinstance(answer, str):
@@ -218,7 +244,9 @@ def report(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], fai
     some = next(iter(found.values()))[0]
     layout = ", channels-last" if args.channels_last else ""
     print(f"{args.model}, batch {args.batch}, {args.size} px, {args.amp}{layout}; {some['device']}, torch {some['torch']}\n")
-    print("| step | ms | to float | peak GiB | to float | first step s |\n|---|---|---|---|---|---|")
+    print(
+        "| step | ms | to float | GPU ms | to float | peak GiB | to float | first step s |\n|---|---|---|---|---|---|---|---|"
+    )
     medians = {variant: [statistics.median(one["times"]) for one in rounds] for variant, rounds in found.items()}
     for variant, rounds in found.items():
         base = "-".join(["float", *variant.split("-")[1:]])
@@ -227,7 +255,16 @@ def report(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], fai
         peaks = [found[name][0]["peak"] if name in found else None for name in (variant, base)]
         memory = ["" if peaks[0] is None else f"{peaks[0]:.2f}", "" if None in peaks else f"{peaks[0] / peaks[1]:.2f}"]
         first = statistics.median(one["first"] for one in rounds)
-        print(f"| {variant} | {statistics.median(medians[variant]):.1f} | {ratio} | {memory[0]} | {memory[1]} | {first:.1f} |")
+        gpu = [
+            statistics.median([sum(one["kernels"].values()) for one in found.get(name, [])] or [0]) for name in (variant, base)
+        ]
+        busy = [f"{gpu[0]:.1f}" if gpu[0] else "", f"{gpu[0] / gpu[1]:.3f}" if gpu[1] else ""]
+        cells = [variant, f"{statistics.median(medians[variant]):.1f}", ratio, *busy, *memory, f"{first:.1f}"]
+        print(f"| {' | '.join(cells)} |")
+    for variant, rounds in found.items() if args.kernels else ():
+        print(f"\n{variant}, ms a step")
+        for name, ms in list(rounds[0]["kernels"].items())[: args.kernels]:
+            print(f"{ms:8.3f} {name[:150]}")
     for variant, why in failed.items():
         print(f"\n{variant} failed: {why}")
 
@@ -251,13 +288,16 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=5, help="steps before those, behind the first")
     parser.add_argument("--rounds", type=int, default=1, help="processes a variant")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kernels", type=int, default=0, help="show the so many longest kernels of each variant")
     parser.add_argument("--together", action="store_true", help="start all at once, and measure when all are ready")
     parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", dest="variant", help="measure this variant here, and print JSON")
     args = parser.parse_args()
-    unknown = [name for name in args.variants if name.removesuffix("-compiled").removesuffix("-graphed") not in VARIANTS]
+    unknown = [name for name in args.variants if re.sub("-(compiled|default|graphed)$", "", name) not in VARIANTS]
     if unknown:
-        parser.error(f"no variant {unknown[0]}; choose from {', '.join(VARIANTS)}, each also with -compiled or -graphed behind")
+        parser.error(
+            f"no variant {unknown[0]}; choose from {', '.join(VARIANTS)}, each also with -compiled, -default or -graphed behind"
+        )
     if args.variant:
         print(json.dumps(measure(args)))
         return 0

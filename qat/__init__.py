@@ -15,6 +15,7 @@ _PUBLIC = {
     "QuantConfig": "config",
     "Rule": "config",
     "calibrate": "calibration",
+    "compile_options": "compiling",
     "export_onnx": "export",
     "fake_quantize": "numerics",
     "load_from_checkpoint": "loading",
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from . import bench, nn, tensorrt, verify
     from .calibration import calibrate
     from .callbacks import QATCallback
+    from .compiling import compile_options
     from .config import QuantConfig, Rule
     from .errors import QATError
     from .export import export_onnx, parity

@@ -218,7 +218,14 @@ class _FakeQuantizeTraced(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             ratio = quotient(wide, step, step.reciprocal())
             slope = ratio.round().clamp(ctx.fmt.qmin, ctx.fmt.qmax) - _clipped_traced(ratio, wide, step, ctx.fmt)
-            grad_scale = _total(grad, slope, x, scale, ctx.axis) * ctx.factor
+            if ctx.axis is None and x.ndim > 1:
+                # By channel first, as normalizations sum their gradients: compilers make one kernel of both.
+                by_channel = 1 if x.ndim > 3 else x.ndim - 1
+                product = grad.to(torch.float32) * slope
+                total = product.sum([d for d in range(x.ndim) if d != by_channel]).sum().reshape(scale.shape)
+            else:
+                total = _total(grad, slope, x, scale, ctx.axis)
+            grad_scale = total * ctx.factor
         if ctx.needs_input_grad[0]:
             grad_x = _clipped_traced(grad, wide, step, ctx.fmt)
         return grad_x, grad_scale, None, None, None

@@ -105,6 +105,31 @@ def test_a_compiled_step_gives_the_eager_gradients():
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", [None, "max-autotune"])
+def test_compile_options_are_ones_that_torch_has(mode):
+    options = qat.compile_options(mode)
+    assert {"realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold"} <= set(options)
+    assert bool(options.get("max_autotune")) == (mode == "max-autotune")
+    torch.compile(nn.Linear(2, 2), options=options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learned", [False, True])
+def test_compile_options_change_no_result(learned):
+    x = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+    qat.prepare(model, qat.QuantConfig(learn_scales=learned), example_inputs=x)
+    qat.calibrate(model, [x], method="max", progress=False)
+    model.eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for step in (model, torch.compile(model, fullgraph=True, options=qat.compile_options())):
+        y = step(x)
+        found.append((y.detach(), *torch.autograd.grad(y.logsumexp(1).sum(), parameters)))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+
+
 def inside(x, scale, fmt):
     """Whether the correctly rounded float32 quotient rounds into the range."""
     code = np.rint(np.float32(x) / np.float32(scale))

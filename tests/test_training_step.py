@@ -91,7 +91,7 @@ def test_compiles_in_every_mode(mode, learn_scales):
     model, x = network("cuda", learn_scales=learn_scales), images("cuda")
     parameters = list(model.parameters())
     model.eval()  # batch norm by stored statistics: the same function at each call
-    compiled = torch.compile(model, mode=mode, fullgraph=True)
+    compiled = torch.compile(model, options=qat.compile_options(mode), fullgraph=True)
     for factor in (1.0, 0.5):
         if factor != 1:
             for _, site in quantizers(model):
