@@ -19,6 +19,7 @@ PUBLIC = {
     "__version__",
     "bench",
     "calibrate",
+    "compile_options",
     "export_onnx",
     "fake_quantize",
     "load_from_checkpoint",
