@@ -9,8 +9,9 @@ import torch._inductor
 # Inductor writes a tensor to memory where several kernels need it, instead of computing it in each, once it is made of this
 # many reads or operations. Its own limits (4, 30 and 8) fit float models: a normalization makes 5 reads, and what is compared
 # with the ends of the range in the backward pass would be written in float32. The kernels between the convolutions of a ResNet
-# then move 1.9 times the bytes of the float ones (2.6 with learned scales), and 1.1 (1.2) without those limits.
-_LIMITS = {"realize_reads_threshold": 100, "realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 1000}
+# then move 1.9 times the bytes of the float ones (2.6 with learned scales), and 1.1 (1.2) by these. Without any limit it is the
+# same, but a transformer would compute its long sums again and again.
+_LIMITS = {"realize_reads_threshold": 20, "realize_opcount_threshold": 200, "realize_acc_reads_threshold": 32}
 
 
 def compile_options(mode: str | None = None) -> dict[str, Any]:
