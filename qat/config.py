@@ -92,6 +92,9 @@ class QuantConfig:
         gate_inputs: Quantize both inputs of the product of a tensor and a gate computed from its average, as in
             squeeze-and-excitation. With the product in float, TensorRT runs the convolution before it in float, too.
         pool_inputs: Quantize what average pooling reads.
+        module_inputs: Globs of further modules whose input is quantized: max pooling, instance normalization, or an
+            ``nn.Identity`` that marks a tensor in a ``forward``. Unlike a rule's, such a glob covers what it matches, not what
+            lies below.
         conv_transpose: Quantize transposed convolutions, with one scale a weight. TensorRT runs them in half precision
             either way.
         head: Globs of the classifier layers to leave in float. ``None`` finds them, ``()`` means that there is none.
@@ -115,6 +118,7 @@ class QuantConfig:
     add_inputs: str = "both"
     gate_inputs: bool = True
     pool_inputs: bool = True
+    module_inputs: tuple[str, ...] = ()
     conv_transpose: bool = False
     head: tuple[str, ...] | None = None
     rules: tuple[Rule, ...] = field(default=())
@@ -122,8 +126,11 @@ class QuantConfig:
     def __post_init__(self) -> None:
         for item in fields(self):
             _check(item.name, getattr(self, item.name))
+        if not _is_globs(self.module_inputs):
+            raise QATError(f"module_inputs={self.module_inputs!r}: must be a list of globs")
+        object.__setattr__(self, "module_inputs", tuple(self.module_inputs))
         if self.head is not None:
-            if not _is_list(self.head) or not all(isinstance(glob, str) and glob for glob in self.head):
+            if not _is_globs(self.head):
                 raise QATError(f"head={self.head!r}: must be a list of globs, empty for a model without a classifier")
             object.__setattr__(self, "head", tuple(self.head))
         if not _is_list(self.rules):
@@ -148,6 +155,7 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only: what a checkpoint or a YAML file holds."""
         plain = asdict(self)
+        plain["module_inputs"] = list(self.module_inputs)
         plain["head"] = None if self.head is None else list(self.head)
         plain["rules"] = [{k: v for k, v in rule.items() if v is not None} for rule in plain["rules"]]
         return plain
@@ -196,6 +204,10 @@ def matches(glob: str, path: str) -> bool:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
+
+
+def _is_globs(value: Any) -> bool:
+    return _is_list(value) and all(isinstance(glob, str) and glob for glob in value)
 
 
 def _known(settings: Mapping[str, Any], cls: type, where: str) -> dict[str, Any]:

@@ -438,3 +438,47 @@ def test_optimizer_built_before_prepare_trains_the_model():
     optimizer.step()
     assert list(before) == [name for name, _ in Net().named_parameters()]
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class Marked(Block):
+    """Max pooling, and an identity that marks the shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.mark = nn.MaxPool2d(3, 1, 1), nn.Identity()
+
+    def forward(self, x):
+        return self.conv2(self.pool(self.conv1(x))) + self.mark(x)
+
+
+def test_module_inputs_quantize_what_other_modules_read():
+    config = QuantConfig(head=(), add_inputs="none", pool_inputs=False, module_inputs=["body.pool", "*.mark"])
+    model = Net(Marked())
+    before = snapshot(model)
+    report = qat.prepare(model, config)
+    assert [(site.path, site.what) for site in report.sites if site.kind == "other"] == [
+        ("body.pool", "input"),
+        ("body.mark", "input"),
+    ]
+    assert "2 other" in report.summary()
+    assert model.body.mark.input_quantizer is model.body.conv1.input_quantizer  # they read one tensor
+    seen = []
+    qat.calibrate(model, [images()], method="max", progress=False)
+    model.body.pool.register_forward_hook(lambda m, args, out: seen.append((m.input_quantizer(args[0]), out)))
+    model(images())
+    assert torch.equal(F.max_pool2d(seen[0][0], 3, 1, 1), seen[0][1])
+    qat.restore(model.eval())
+    model.body.pool._forward_hooks.clear()
+    assert snapshot(model.train())["state"] == before["state"]
+    assert type(model.body.mark) is nn.Identity
+    assert QuantConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("glob", "message"), [("nowhere", "matches no module"), ("body", "matches only layers"), ("fc", "only")]
+)
+def test_module_inputs_that_fit_nothing_are_refused(glob, message):
+    model = Net(Marked())
+    with pytest.raises(QATError, match=message):
+        qat.prepare(model, QuantConfig(module_inputs=[glob]))
+    assert type(model) is Net

@@ -1,4 +1,4 @@
-"""Average pooling with a quantized input: ``DQ -> pool -> Q`` stays INT8 in TensorRT."""
+"""Average pooling, or another module, with a quantized input: ``DQ -> pool -> Q`` stays INT8 in TensorRT."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AVERAGE_POOLS = (
 
 
 class QuantPool(Derived):
-    """Mixin of the average pooling layers."""
+    """Mixin of average pooling, and of whatever else has a site at its input alone."""
 
     input_quantizer: Quantizer
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import fx, nn
 
 from ..config import QuantConfig, SiteConfig, matches
 from ..errors import QATError
+from ..nn.add import Add
 from ..nn.layers import QUANTIZABLE, is_conv_transposed
 from ..nn.pool import AVERAGE_POOLS
 from .adds import ITERATES, Located, find_adds, find_pools
 from .check import check_layer
 from .fast import PATCHES, UNREAD, cuts_patches, is_read, read_values
-from .flow import Flow
+from .flow import Flow, has_forward
 from .gates import find_gates
 from .head import find_head
 from .report import Left
@@ -49,6 +51,7 @@ class Plan:
     Attributes:
         layers: Settings of each weighted module that gets sites, by path.
         pools: Paths of the pooling modules that get a site.
+        inputs: Paths of the other modules whose input gets a site.
         adds: Additions.
         gates: Products of a tensor and its gate.
         pool_calls: Functional poolings.
@@ -61,6 +64,7 @@ class Plan:
     config: QuantConfig
     layers: dict[str, SiteConfig] = field(default_factory=dict)
     pools: list[str] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
     adds: list[PlannedExpression] = field(default_factory=list)
     gates: list[PlannedExpression] = field(default_factory=list)
     pool_calls: list[PlannedExpression] = field(default_factory=list)
@@ -83,6 +87,7 @@ def make_plan(model: nn.Module, config: QuantConfig, example_inputs: Any) -> Pla
     _place_layers(plan, flow)
     if config.pool_inputs:
         _place_pools(plan, flow)
+    _place_inputs(plan, flow)
     if config.gate_inputs:
         _place_gates(plan, flow)
     if config.add_inputs != "none":
@@ -155,6 +160,31 @@ def _place_pools(plan: Plan, flow: Flow) -> None:
             plan.pool_calls.append(planned)
 
 
+def _place_inputs(plan: Plan, flow: Flow) -> None:
+    for glob in plan.config.module_inputs:
+        found = {path: module for path, module in flow.model.named_modules() if fnmatchcase(path, glob)}
+        fitting = [path for path, module in found.items() if _takes_site(path, module, flow)]
+        if not fitting:
+            raise QATError(
+                f"module_inputs: {glob!r} matches {'no module' if not found else 'only layers, or modules made of others'}; "
+                "name modules such as nn.MaxPool2d or nn.Identity"
+            )
+        for path in (path for path in fitting if path not in (*plan.pools, *plan.inputs)):
+            module = found[path]
+            why = "excluded by a rule" if plan.config.site(path).quantize is False else flow.unreached(path)
+            why = why or (OWN_FORWARD if "forward" in module.__dict__ else None)
+            if why:
+                plan.left.append(Left(path, type(module).__name__, why))
+            else:
+                plan.inputs.append(path)
+
+
+def _takes_site(path: str, module: nn.Module, flow: Flow) -> bool:
+    """Whether a site at its input is all that can be asked of a module: layers have theirs, and an Add two inputs."""
+    placed_otherwise = path in flow.weighted or path in flow.traces or isinstance(module, Add)
+    return path != "" and not placed_otherwise and has_forward(module) and not module._modules
+
+
 def _place_gates(plan: Plan, flow: Flow) -> None:
     gates = find_gates(flow, set(plan.layers))
     plan.left += gates.left
@@ -211,7 +241,7 @@ def _named(flow: Flow, found: list[Located], stem: str) -> Iterator[tuple[Locate
 
 
 def _check_globs(plan: Plan, flow: Flow) -> None:
-    paths = [*flow.weighted, *plan.pools, *(item.path for item in (*plan.adds, *plan.gates, *plan.pool_calls))]
+    paths = [*flow.weighted, *plan.pools, *plan.inputs, *(item.path for item in (*plan.adds, *plan.gates, *plan.pool_calls))]
     paths += [item.path for item in plan.left]
     for rule in plan.config.rules:
         if not any(matches(rule.match, path) for path in paths):
@@ -245,7 +275,7 @@ def slots(plan: Plan, model: nn.Module) -> Iterator[Slot]:
     for path in plan.layers:
         attention = isinstance(model.get_submodule(path), nn.MultiheadAttention)
         yield from ((path, what) for what in (("query", "key", "value", "out") if attention else ("input",)))
-    yield from ((path, "input") for path in plan.pools)
+    yield from ((path, "input") for path in (*plan.pools, *plan.inputs))
     for item in plan.adds:
         yield from ((item.path, what) for what, placed in zip("ab", item.inputs, strict=True) if placed)
     yield from ((item.path, what) for item in plan.gates for what in "ab")

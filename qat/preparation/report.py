@@ -15,7 +15,7 @@ class Site:
     Attributes:
         path: Module that has the site.
         what: ``"input"``, ``"weight"``, ``"add a"``, ``"add b"``, ``"gate a"``, ``"pool"``, ``"query"`` and so on.
-        kind: ``"conv"``, ``"linear"``, ``"attention"``, ``"add"``, ``"gate"`` or ``"pool"``.
+        kind: ``"conv"``, ``"linear"``, ``"attention"``, ``"add"``, ``"gate"``, ``"pool"`` or ``"other"``.
         granularity: ``"per-tensor"`` or ``"per-channel"``.
         format: Name of the number format.
         quantizer: Path of the quantizer; sites that read the same tensor share one.
@@ -77,7 +77,9 @@ class Report:
 
     def summary(self) -> str:
         """One line: sites, quantizers, and how many modules of each kind."""
-        kinds = [f"{n} {kind}" for kind in ("conv", "linear", "attention", "add", "gate", "pool") if (n := self.count(kind))]
+        kinds = [
+            f"{n} {kind}" for kind in ("conv", "linear", "attention", "add", "gate", "pool", "other") if (n := self.count(kind))
+        ]
         return f"{len(self.sites)} sites, {self.quantizers} quantizers: {', '.join(kinds)}; {len(self.left)} left in float"
 
     def __str__(self) -> str:

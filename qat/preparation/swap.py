@@ -86,7 +86,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> Report:
             weight_site = weight_quantizer(weight, site, per_channel=per_channel)
             input_site = quantizer((path, "input"), weight.device)
             _retype(module, quant_class(_class(module))).add_quantizers(input_site, weight_site)
-    for path in plan.pools:
+    for path in (*plan.pools, *plan.inputs):
         module = model.get_submodule(path)
         _retype(module, quant_pool_class(_class(module))).add_quantizers(quantizer((path, "input"), home))
     _rewrite(model, plan, quantizer, home)
@@ -166,8 +166,8 @@ def _report(model: nn.Module, plan: Plan) -> Report:
             for name, site in module._modules.items():
                 if isinstance(site, Quantizer):
                     add(path, name.removesuffix("_quantizer"), kinds[path], site)
-        elif path in plan.pools and isinstance(module, QuantPool):
-            add(path, "input", "pool", module.input_quantizer)
+        elif isinstance(module, QuantPool) and path in (*plan.pools, *plan.inputs):
+            add(path, "input", "pool" if path in plan.pools else "other", module.input_quantizer)
         elif path in expressions and isinstance(module, Quantizer):
             add(path, "input", "pool", module)
         elif path in expressions and isinstance(module, QuantAdd):
