@@ -22,6 +22,7 @@ PUBLIC = {
     "compile_options",
     "export_onnx",
     "fake_quantize",
+    "interop",
     "load_from_checkpoint",
     "nn",
     "parity",

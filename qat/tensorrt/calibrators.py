@@ -22,7 +22,7 @@ from .log import BuildLog
 from .runtime import Runtime
 
 # First line of a cache: release and algorithm. The legacy calibrator writes a bare 0 (TensorRT 8.6).
-_HEADER = re.compile(rb"(TRT-\S+|0)\r?\n")
+CACHE_HEADER = re.compile(rb"(TRT-\S+|0)\r?\n")
 
 
 class Calibrator:
@@ -76,7 +76,7 @@ class Calibrator:
         ranges = None
         if self.cache is not None and self.cache.is_file():
             ranges = read_whole(self.cache)
-            if not _HEADER.match(ranges):
+            if not CACHE_HEADER.match(ranges):
                 raise QATError(f"{self.cache}: not a calibration cache of TensorRT. Remove it, or name another file")
         batches = _Batches(self.data, inputs)
         handle = make(batches, BaseClass=getattr(runtime.module, self._base), **self._settings())
