@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,3 +30,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def uncompiled() -> AbstractContextManager[Any]:
     """A compiled model would compile anew for a look. Nothing is compiled before the compiler has been imported."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def isolated_random(model: nn.Module) -> Iterator[None]:
+    """Loaders shuffle and augment: leave the random streams where they were."""
+    devices = {tensor.device for tensor in chain(model.parameters(), model.buffers()) if tensor.device.type != "cpu"}
+    kind = {"device_type": next(iter(devices)).type} if devices else {}
+    # NumPy's old global stream is the one that transforms use.
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=list(devices), **kind):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

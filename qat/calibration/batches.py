@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..errors import QATError
 
 
-def run_batch(model: nn.Module, batch: Any, device: torch.device | None) -> None:
-    """Call ``model`` with a batch.
+def run_batch(model: nn.Module, batch: Any, device: torch.device | None) -> Any:
+    """Call ``model`` with a batch; return what it returns.
 
     Args:
         model: Any model.
@@ -38,9 +38,8 @@ def run_batch(model: nn.Module, batch: Any, device: torch.device | None) -> None
             )
     inputs = _to_device(inputs, device)
     if isinstance(inputs, Mapping):
-        model(**_accepted(model, inputs))
-    else:
-        model(inputs)
+        return model(**_accepted(model, inputs))
+    return model(inputs)
 
 
 def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

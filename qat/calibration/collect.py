@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import operator
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from ..errors import QATError
-from ..modes import evaluating, uncompiled
+from ..modes import evaluating, isolated_random, uncompiled
 from ..quantizer import Quantizer, State, WeightQuantizer, quantizers
 from .batches import run_batch
 from .methods import check_method
@@ -91,7 +89,7 @@ def calibrate(
         activations, weights = _attach_observers(sites, log)
         failed = True
         try:
-            with evaluating(model), _isolated_random(model), torch.no_grad(), uncompiled():
+            with evaluating(model), isolated_random(model), torch.no_grad(), uncompiled():
                 _run(model, data, batches, progress and rank() == 0)
             settle(log)
             failed = False
@@ -193,18 +191,3 @@ def _unchanged_on_failure(sites: Mapping[str, Quantizer]) -> Iterator[None]:
                 site.state = state
                 with torch.no_grad():
                     site.amax.copy_(amax)
-
-
-@contextmanager
-def _isolated_random(model: nn.Module) -> Iterator[None]:
-    """Loaders shuffle and augment: leave the random streams where they were."""
-    devices = {tensor.device for tensor in chain(model.parameters(), model.buffers()) if tensor.device.type != "cpu"}
-    kind = {"device_type": next(iter(devices)).type} if devices else {}
-    # NumPy's old global stream is the one that transforms use.
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=list(devices), **kind):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,106 @@
+"""How far two outputs are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import QATError
+from ..inputs import tensors
+
+# ``metric(outputs, reference, batch)``: outputs of the model as it is and in float, and the batch. Lower is better.
+Metric = Callable[[Any, Any, Any], Tensor | float]
+
+
+def floats(tree: Any) -> list[Tensor]:
+    """The floating tensors of an output, in order."""
+    found = tensors(tree)
+    if not found and hasattr(tree, "__dict__"):  # an output object that is no registered container
+        found = tensors(vars(tree))
+    return [tensor for tensor in found if tensor.is_floating_point()]
+
+
+class Distance:
+    """SQNR and cosine similarity of two signals, summed up over batches in float64."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+
+    def add(self, reference: Any, other: Any) -> None:
+        """Count two outputs of one structure."""
+        for a, b in zip(floats(reference), floats(other), strict=True):
+            a, b = a.detach().double(), b.detach().double()
+            sums = torch.stack([a.square().sum(), (a - b).square().sum(), (a * b).sum(), b.square().sum()])
+            self._sums = sums if self._sums is None else self._sums + sums
+
+    @property
+    def sqnr(self) -> float:
+        """``10 log10(sum(a ** 2) / sum((a - b) ** 2))`` in dB; infinite for equal signals, NaN without any."""
+        signal, noise, _, _ = self._values()
+        if noise == 0:
+            return math.nan if self._sums is None else math.inf
+        return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+    @property
+    def cosine(self) -> float:
+        """``sum(a * b) / sqrt(sum(a ** 2) * sum(b ** 2))``; NaN if one of them is zero."""
+        signal, _, product, other = self._values()
+        return product / math.sqrt(signal * other) if signal > 0 and other > 0 else math.nan
+
+    def _values(self) -> list[float]:
+        return [0.0] * 4 if self._sums is None else self._sums.tolist()
+
+
+def relative_error(outputs: Any, reference: Any, batch: Any) -> Tensor:
+    """``sum((a - b) ** 2) / sum(b ** 2)`` of each floating output, averaged over the outputs. 0.01 is an SQNR of 20 dB.
+
+    The default metric: asks for no labels and fits any output.
+    """
+    ratios = []
+    for a, b in zip(floats(outputs), floats(reference), strict=True):
+        noise, signal = (a.double() - b.double()).square().sum(), b.double().square().sum()
+        ratios.append(noise / signal.clamp(min=torch.finfo(torch.float64).tiny))
+    if not ratios:
+        raise QATError("metric: the model returns no floating tensor. Pass a metric of your own")
+    return torch.stack(ratios).mean()
+
+
+def kl_divergence(outputs: Any, reference: Any, batch: Any) -> Tensor:
+    """Kullback-Leibler divergence of the classes' probabilities from those of the float model, in nats a sample.
+
+    For a model that returns logits of shape ``(N, classes)``, as its first output.
+    """
+    found, expected = floats(outputs), floats(reference)
+    if not found or found[0].ndim != 2:
+        raise QATError("metric: kl_divergence needs logits of shape (N, classes) as the first output; use relative_error")
+    log_p, log_q = (F.log_softmax(x[0].double(), dim=1) for x in (expected, found))
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+class Mean:
+    """The mean of a metric over batches: over samples where it gives one value a sample, else over batches."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def add(self, value: Any) -> None:
+        """Count one batch.
+
+        Raises:
+            QATError: If the metric gave something else than numbers.
+        """
+        if not isinstance(value, Tensor | float | int) or (isinstance(value, Tensor) and not value.numel()):
+            raise QATError(f"metric: returned {type(value).__name__}; return a number, or a tensor of one a sample")
+        values = torch.as_tensor(value).double()
+        self._sum += float(values.sum())
+        self._count += values.numel()
+
+    @property
+    def value(self) -> float:
+        """The mean so far; NaN without any."""
+        return self._sum / self._count if self._count else math.nan

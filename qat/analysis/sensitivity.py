@@ -1,0 +1,132 @@
+"""What each quantized layer does to the model's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from ..errors import QATError
+from .layers import Bench, analysing, each_batch
+from .metrics import Mean, Metric, floats, relative_error
+from .replay import Recording
+from .report import Result, make_table
+
+_TITLES = {"on": "One layer quantized, all others in float", "off": "One layer in float, all others quantized"}
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One layer switched.
+
+    Attributes:
+        path: Module path.
+        kind: ``"conv"``, ``"linear"``, ``"attention"``, ``"add"``, ``"gate"`` or ``"pool"``.
+        value: The metric with this layer switched.
+        change: ``value`` less the metric before: harm done (``"on"``, positive) or gain (``"off"``, negative).
+    """
+
+    path: str
+    kind: str
+    value: float
+    change: float
+
+
+@dataclass(frozen=True)
+class Sensitivity(Result):
+    """What :func:`sensitivity` found; prints as a table, the most sensitive layers first.
+
+    Attributes:
+        layers: By falling magnitude of harm or gain.
+        switch: ``"on"`` or ``"off"``.
+        base: The metric with no layer switched: of the float model for ``"on"``, of the quantized one for ``"off"``.
+        metric: Name of the metric.
+        exact: Whether the values are those of complete evaluations; otherwise estimates.
+    """
+
+    layers: tuple[LayerSensitivity, ...]
+    switch: str
+    base: float
+    metric: str
+    exact: bool = True
+
+    def table(self) -> Table:
+        rows = [(x.path, x.kind, f"{x.value:.4g}", f"{x.change:+.4g}") for x in self.layers]
+        caption = f"Before: {self.base:.4g}. " + ("Exact" if self.exact else "Estimated to first order")
+        return make_table(_TITLES[self.switch], ("layer", "kind"), (self.metric, "change"), rows, caption)
+
+
+def sensitivity(model: nn.Module, batches: Iterable[Any], *, metric: Metric | None = None, switch: str = "on") -> Sensitivity:
+    """Switch the layers one by one and measure the model's output.
+
+    Every value is that of a complete evaluation with one layer switched, to the bit. Only what the layer's change reaches is
+    computed, the rest is taken from one recorded run (see :mod:`qat.analysis.replay`): about half an evaluation a layer.
+    Holds all intermediate results of one batch, more than a training step does; if memory is short, pass smaller batches.
+
+    Args:
+        model: Prepared and calibrated. Sites that are off stay off. Afterwards it is what it was.
+        batches: As for ``qat.calibrate``; read once.
+        metric: ``metric(outputs, reference, batch)`` of the present and the float outputs and the batch as it came from
+            ``batches``, as one number or one a sample; lower is better. :func:`relative_error` by default.
+        switch: ``"on"``: the layer alone quantizes; ``"off"``: it alone computes in float.
+
+    Returns:
+        The layers, the most sensitive first. The sites of a layer (input and weight, both inputs of an Add) are switched
+        together.
+
+    Raises:
+        QATError: If no site quantizes, an argument is invalid, or the batches are empty or do not fit the model.
+
+    Example:
+        >>> import qat, torch
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> data = [torch.randn(32, 4)]
+        >>> _ = qat.prepare(model), qat.calibrate(model, data, progress=False)
+        >>> result = sensitivity(model, data, switch="off")
+        >>> all(layer.change < 0 for layer in result.layers)
+        True
+    """
+    if switch not in _TITLES:
+        raise QATError(f"switch={switch!r}: choose 'on' or 'off'")
+    metric = metric or relative_error
+    with analysing(model) as bench:
+        base = Mean()
+        values = {path: Mean() for path in bench.layers}
+        everything = frozenset(bench.layers)
+        start: frozenset[str] = frozenset() if switch == "on" else everything
+        for batch in each_batch(batches):
+            reference = None if switch == "on" else bench.run(batch, ())
+            _switch_each(bench, batch, start, reference, metric, base, values)
+        layers = [
+            LayerSensitivity(path, bench.layers[path].kind, mean.value, mean.value - base.value) for path, mean in values.items()
+        ]
+    return _ranked(layers, switch, base.value, metric, exact=True)
+
+
+def _switch_each(
+    bench: Bench, batch: Any, start: frozenset[str], reference: Any, metric: Metric, base: Mean, values: dict[str, Mean]
+) -> None:
+    """Add the metric of one batch to ``base`` and, with each layer switched, to ``values``."""
+    recording = Recording()
+    try:
+        with recording.record():
+            out = bench.run(batch, start)
+        reference = out if reference is None else reference
+        base.add(metric(out, reference, batch))
+        for path, mean in values.items():
+            with recording.replay():
+                switched = bench.run(batch, start ^ {path})
+            recording.read([*floats(switched), *floats(reference)])
+            mean.add(metric(switched, reference, batch))
+    finally:
+        recording.close()
+
+
+def _ranked(layers: list[LayerSensitivity], switch: str, base: float, metric: Callable[..., Any], *, exact: bool) -> Sensitivity:
+    sign = 1 if switch == "on" else -1
+    layers.sort(key=lambda layer: -sign * layer.change)
+    return Sensitivity(tuple(layers), switch, base, getattr(metric, "__name__", type(metric).__name__), exact)
