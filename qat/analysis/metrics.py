@@ -34,14 +34,15 @@ class Distance:
     def add(self, reference: Any, other: Any) -> None:
         """Count two outputs of one structure."""
         for a, b in zip(floats(reference), floats(other), strict=True):
-            a, b = a.detach().double(), b.detach().double()
-            sums = torch.stack([a.square().sum(), (a - b).square().sum(), (a * b).sum(), b.square().sum()])
+            # Differences in the tensors' own dtype are exact enough, sums of squares are not.
+            norms = [torch.linalg.vector_norm(x.detach(), dtype=torch.float64) for x in (a, a - b, b)]
+            sums = torch.stack(norms).square()
             self._sums = sums if self._sums is None else self._sums + sums
 
     @property
     def sqnr(self) -> float:
         """``10 log10(sum(a ** 2) / sum((a - b) ** 2))`` in dB; infinite for equal signals, NaN without any."""
-        signal, noise, _, _ = self._values()
+        signal, noise, _ = self._values()
         if noise == 0:
             return math.nan if self._sums is None else math.inf
         return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
@@ -49,11 +50,14 @@ class Distance:
     @property
     def cosine(self) -> float:
         """``sum(a * b) / sqrt(sum(a ** 2) * sum(b ** 2))``; NaN if one of them is zero."""
-        signal, _, product, other = self._values()
-        return product / math.sqrt(signal * other) if signal > 0 and other > 0 else math.nan
+        signal, noise, other = self._values()
+        if not (signal > 0 and other > 0):
+            return math.nan
+        # sum(a * b), as |a - b| ** 2 = |a| ** 2 - 2 a b + |b| ** 2.
+        return (signal + other - noise) / 2 / math.sqrt(signal * other)
 
     def _values(self) -> list[float]:
-        return [0.0] * 4 if self._sums is None else self._sums.tolist()
+        return [0.0] * 3 if self._sums is None else self._sums.tolist()
 
 
 def relative_error(outputs: Any, reference: Any, batch: Any) -> Tensor:

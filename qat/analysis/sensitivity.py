@@ -2,61 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
-from rich.table import Table
 from torch import nn
 
 from ..errors import QATError
 from .layers import Bench, analysing, each_batch
 from .metrics import Mean, Metric, floats, relative_error
 from .replay import Recording
-from .report import Result, make_table
-
-_TITLES = {"on": "One layer quantized, all others in float", "off": "One layer in float, all others quantized"}
-
-
-@dataclass(frozen=True)
-class LayerSensitivity:
-    """One layer switched.
-
-    Attributes:
-        path: Module path.
-        kind: ``"conv"``, ``"linear"``, ``"attention"``, ``"add"``, ``"gate"`` or ``"pool"``.
-        value: The metric with this layer switched.
-        change: ``value`` less the metric before: harm done (``"on"``, positive) or gain (``"off"``, negative).
-    """
-
-    path: str
-    kind: str
-    value: float
-    change: float
-
-
-@dataclass(frozen=True)
-class Sensitivity(Result):
-    """What :func:`sensitivity` found; prints as a table, the most sensitive layers first.
-
-    Attributes:
-        layers: By falling magnitude of harm or gain.
-        switch: ``"on"`` or ``"off"``.
-        base: The metric with no layer switched: of the float model for ``"on"``, of the quantized one for ``"off"``.
-        metric: Name of the metric.
-        exact: Whether the values are those of complete evaluations; otherwise estimates.
-    """
-
-    layers: tuple[LayerSensitivity, ...]
-    switch: str
-    base: float
-    metric: str
-    exact: bool = True
-
-    def table(self) -> Table:
-        rows = [(x.path, x.kind, f"{x.value:.4g}", f"{x.change:+.4g}") for x in self.layers]
-        caption = f"Before: {self.base:.4g}. " + ("Exact" if self.exact else "Estimated to first order")
-        return make_table(_TITLES[self.switch], ("layer", "kind"), (self.metric, "change"), rows, caption)
+from .report import TITLES, Sensitivity, ranked
 
 
 def sensitivity(model: nn.Module, batches: Iterable[Any], *, metric: Metric | None = None, switch: str = "on") -> Sensitivity:
@@ -90,7 +45,7 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, metric: Metric | No
         >>> all(layer.change < 0 for layer in result.layers)
         True
     """
-    if switch not in _TITLES:
+    if switch not in TITLES:
         raise QATError(f"switch={switch!r}: choose 'on' or 'off'")
     metric = metric or relative_error
     with analysing(model) as bench:
@@ -101,10 +56,8 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, metric: Metric | No
         for batch in each_batch(batches):
             reference = None if switch == "on" else bench.run(batch, ())
             _switch_each(bench, batch, start, reference, metric, base, values)
-        layers = [
-            LayerSensitivity(path, bench.layers[path].kind, mean.value, mean.value - base.value) for path, mean in values.items()
-        ]
-    return _ranked(layers, switch, base.value, metric, exact=True)
+        kinds = {path: layer.kind for path, layer in bench.layers.items()}
+    return ranked({path: mean.value for path, mean in values.items()}, kinds, switch, base.value, metric, exact=True)
 
 
 def _switch_each(
@@ -124,9 +77,3 @@ def _switch_each(
             mean.add(metric(switched, reference, batch))
     finally:
         recording.close()
-
-
-def _ranked(layers: list[LayerSensitivity], switch: str, base: float, metric: Callable[..., Any], *, exact: bool) -> Sensitivity:
-    sign = 1 if switch == "on" else -1
-    layers.sort(key=lambda layer: -sign * layer.change)
-    return Sensitivity(tuple(layers), switch, base, getattr(metric, "__name__", type(metric).__name__), exact)
