@@ -24,12 +24,13 @@ _PUBLIC = {
     "restore": "preparation",
 }
 _MODULES = frozenset(_PUBLIC.values()) | {
-    *("batchnorm", "bench", "distillation", "inputs", "interop", "nn", "quantizer", "ranges", "tensorrt", "verify")
+    *("analysis", "batchnorm", "bench", "distillation", "inputs", "interop"),
+    *("nn", "quantizer", "ranges", "tensorrt", "verify"),
 }
-__all__ = ["__version__", *_PUBLIC, "bench", "interop", "nn", "tensorrt", "verify"]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC, "analysis", "bench", "interop", "nn", "tensorrt", "verify"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
-    from . import bench, interop, nn, tensorrt, verify
+    from . import analysis, bench, interop, nn, tensorrt, verify
     from .calibration import calibrate
     from .callbacks import QATCallback
     from .compiling import compile_options

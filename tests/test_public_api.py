@@ -17,6 +17,7 @@ PUBLIC = {
     "QuantConfig",
     "Rule",
     "__version__",
+    "analysis",
     "bench",
     "calibrate",
     "compile_options",

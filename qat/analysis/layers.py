@@ -136,25 +136,38 @@ def switching(model: nn.Module, layers: Collection[Layer]) -> Iterator[Switches]
             site.__dict__.pop("export_scale", None)
 
 
+@contextmanager
+def running(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Any], Any]]]:
+    """The model behind a wrapper, and how to run it on a batch: in evaluation mode, without gradients, uncompiled.
+
+    Modes and random streams are afterwards what they were.
+    """
+    # DistributedDataParallel would wait for the other ranks.
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    tensor = next(chain(inner.parameters(), inner.buffers()), None)
+    device = None if tensor is None else tensor.device
+    with evaluating(inner), isolated_random(inner), torch.no_grad(), uncompiled():
+        yield inner, lambda batch: run_batch(inner, batch, device)
+
+
 @dataclass(frozen=True)
 class Bench:
     """A model ready to be looked at; made by :func:`analysing`.
 
     Attributes:
-        model: In evaluation mode.
         layers: Its quantized layers by path.
         switches: Which of them quantize.
+        call: Runs the model on a batch.
     """
 
-    model: nn.Module
     layers: dict[str, Layer]
     switches: Switches
+    call: Callable[[Any], Any]
 
     def run(self, batch: Any, on: Collection[str]) -> Any:
         """The model's output with only the layers ``on`` quantizing."""
         self.switches.on = on
-        tensor = next(chain(self.model.parameters(), self.model.buffers()), None)
-        return run_batch(self.model, batch, None if tensor is None else tensor.device)
+        return self.call(batch)
 
     @contextmanager
     def watching(self, look: Callable[[Layer, Callable[[], Any], Any], Any]) -> Iterator[None]:
@@ -190,16 +203,15 @@ class Bench:
 
 @contextmanager
 def analysing(model: nn.Module) -> Iterator[Bench]:
-    """Evaluation mode, without gradients, uncompiled; the model and random streams are afterwards what they were.
+    """A prepared model, ready to be looked at; it and the random streams are afterwards what they were.
 
     Raises:
         QATError: If no site of the model quantizes.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    layers = quantized_layers(model)
-    with evaluating(model), isolated_random(model), torch.no_grad(), uncompiled(), switching(model, layers.values()) as switches:
-        yield Bench(model, layers, switches)
+    with running(model) as (inner, call):
+        layers = quantized_layers(inner)
+        with switching(inner, layers.values()) as switches:
+            yield Bench(layers, switches, call)
 
 
 def each_batch(batches: Iterable[Any]) -> Iterator[Any]:

@@ -17,12 +17,16 @@ from ..inputs import tensors
 Metric = Callable[[Any, Any, Any], Tensor | float]
 
 
+def output_tensors(tree: Any) -> list[Tensor]:
+    """The tensors of an output, in order."""
+    found = tensors(tree)
+    # An output object that is no registered container: its attributes.
+    return found if found or not hasattr(tree, "__dict__") else tensors(vars(tree))
+
+
 def floats(tree: Any) -> list[Tensor]:
     """The floating tensors of an output, in order."""
-    found = tensors(tree)
-    if not found and hasattr(tree, "__dict__"):  # an output object that is no registered container
-        found = tensors(vars(tree))
-    return [tensor for tensor in found if tensor.is_floating_point()]
+    return [tensor for tensor in output_tensors(tree) if tensor.is_floating_point()]
 
 
 class Distance:

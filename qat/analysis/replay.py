@@ -11,6 +11,7 @@ written; the content before each write is kept and put back for an operator that
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,6 +189,7 @@ class _Replay(TorchDispatchMode):
         return out
 
 
+@functools.cache
 def _is_view(func: Any) -> bool:
     """Whether the results of an operator share memory with its arguments, which it does not change."""
     return any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
@@ -195,14 +197,15 @@ def _is_view(func: Any) -> bool:
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The arguments that an operator changes, by its schema."""
-    if not func._schema.is_mutable:
-        return []
-    found: list[Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += _tensors(value)
-    return found
+    places = _written_places(func)
+    return [t for position, name in places for t in _tensors(args[position] if position < len(args) else kwargs.get(name))]
+
+
+@functools.cache
+def _written_places(func: Any) -> list[tuple[int, str]]:
+    """Positions and names of the arguments that an operator changes."""
+    arguments = enumerate(func._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

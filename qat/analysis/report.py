@@ -22,7 +22,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values; what is infinite or NaN is ``None``."""
-        return _plain(asdict(self))  # type: ignore[call-overload]
+        return plain(asdict(self))  # type: ignore[call-overload]
 
     def to_json(self, indent: int | None = 2) -> str:
         """:meth:`to_dict` as JSON."""
@@ -38,7 +38,9 @@ class Result:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def make_table(title: str, names: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Table:
+def make_table(
+    title: str, names: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
+) -> Table:
     """A table whose first columns hold text and whose others hold numbers."""
     table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
     for column in names:
@@ -50,11 +52,12 @@ def make_table(title: str, names: Sequence[str], numbers: Sequence[str], rows: S
     return table
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Nested containers with ``None`` for what JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

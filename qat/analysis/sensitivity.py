@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from ..errors import QATError
 from .layers import Bench, analysing, each_batch
-from .metrics import Mean, Metric, floats, relative_error
+from .metrics import Mean, Metric, output_tensors, relative_error
 from .replay import Recording
 from .report import TITLES, Sensitivity, ranked
 
@@ -68,12 +69,13 @@ def _switch_each(
     try:
         with recording.record():
             out = bench.run(batch, start)
-        reference = out if reference is None else reference
+        # A copy: the model may write what a switched layer changes into a tensor of the recorded run.
+        reference = copy.deepcopy(out) if reference is None else reference
         base.add(metric(out, reference, batch))
         for path, mean in values.items():
             with recording.replay():
                 switched = bench.run(batch, start ^ {path})
-            recording.read([*floats(switched), *floats(reference)])
+            recording.read(output_tensors(switched))
             mean.add(metric(switched, reference, batch))
     finally:
         recording.close()

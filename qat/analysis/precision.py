@@ -1,0 +1,247 @@
+"""Mixed precision: which layers to leave in float."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from torch import nn
+
+from ..config import Rule
+from ..errors import QATError
+from .layers import analysing, each_batch
+from .metrics import Mean, Metric, relative_error
+from .report import Result, Sensitivity, make_table
+from .sensitivity import sensitivity
+
+if TYPE_CHECKING:
+    from ..tensorrt import Inspection
+
+# What a rule leaves in float by itself. Sites at Adds follow the layers around them when a model is prepared.
+_KINDS = ("conv", "linear", "attention")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layer that is left in float.
+
+    Attributes:
+        path: Module path.
+        kind: ``"conv"``, ``"linear"`` or ``"attention"``.
+        change: Its entry in the ranking.
+        extra_ms: What that costs by the profiles, in ms; ``None`` without them.
+    """
+
+    path: str
+    kind: str
+    change: float
+    extra_ms: float | None
+
+
+@dataclass(frozen=True)
+class MixedPrecision(Result):
+    """What :func:`mixed_precision` chose; prints as a table.
+
+    Attributes:
+        layers: Left in float, the most sensitive first.
+        metric: Name of the metric.
+        value: The metric with these layers in float, evaluated.
+        quantized: The metric with all layers quantized, evaluated.
+        budget: What ``value`` was to reach, if that was asked for.
+        latency_ms: What the profiles add up to, an estimate: build the engine and measure it. ``None`` without profiles.
+        latency: What ``latency_ms`` was to reach, if that was asked for.
+        evaluations: How many evaluations this took, besides the ranking.
+    """
+
+    layers: tuple[Choice, ...]
+    metric: str
+    value: float
+    quantized: float
+    budget: float | None
+    latency_ms: float | None
+    latency: float | None
+    evaluations: int
+
+    @property
+    def met(self) -> bool:
+        """Whether every budget is met; that of the latency by its estimate."""
+        accurate = self.budget is None or self.value <= self.budget
+        return accurate and (self.latency is None or (self.latency_ms is not None and self.latency_ms <= self.latency))
+
+    @property
+    def rules(self) -> list[dict[str, Any]]:
+        """For ``qat.QuantConfig(rules=...)`` or its YAML file: what leaves these layers in float."""
+        return [{"match": glob.escape(layer.path), "quantize": False} for layer in self.layers]
+
+    def to_rules(self) -> tuple[Rule, ...]:
+        """The same as :class:`qat.Rule`."""
+        return tuple(Rule(**rule) for rule in self.rules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {**super().to_dict(), "met": self.met, "rules": self.rules}
+
+    def table(self) -> Table:
+        rows = [(x.path, x.kind, f"{x.change:+.4g}", "" if x.extra_ms is None else f"{x.extra_ms:+.4f}") for x in self.layers]
+        caption = f"{self.metric}: {self.value:.4g}, all quantized {self.quantized:.4g}"
+        caption += "" if self.budget is None else f", budget {self.budget:.4g}"
+        caption += "" if self.latency_ms is None else f"; about {self.latency_ms:.4f} ms"
+        caption += "" if self.latency is None else f", budget {self.latency:.4f} ms"
+        caption += "" if self.budget is None and self.latency is None else ("; met" if self.met else "; NOT MET")
+        return make_table(f"{len(rows)} layers left in float", ("layer", "kind"), ("change", "ms"), rows, caption)
+
+
+def mixed_precision(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    budget: float | None = None,
+    latency: float | None = None,
+    profiles: tuple[Inspection, Inspection] | None = None,
+    metric: Metric | None = None,
+    ranking: Sensitivity | None = None,
+) -> MixedPrecision:
+    """Choose what stays in float: the fewest layers that meet an accuracy budget, or the most sensitive that a latency allows.
+
+    Layers are taken in the order of ``ranking``, as many as ``budget`` needs (found by bisection); then each is given back, the
+    last one first, unless that breaks the budget. Every set is judged by a complete evaluation of the model with that set in
+    float, the one returned included. This is a greedy search: a smaller set may exist. With ``latency`` alone, the layers that
+    fit are taken in the order of the ranking.
+
+    Nothing is changed: prepare a float model with ``QuantConfig(rules=result.rules)``. Sites at Adds stay as they are in the
+    evaluation; ``qat.prepare`` places none at an Add that no quantized layer feeds any more.
+
+    Args:
+        model: Prepared and calibrated. Sites that are off stay off.
+        batches: As for ``qat.calibrate``; all are held in memory, and so are the float outputs.
+        budget: The largest value of the metric to accept.
+        latency: In ms, of the engine; needs ``profiles``.
+        profiles: What ``qat.tensorrt.inspect(engine, times=...)`` tells of the INT8 and of the FP16 engine.
+        metric: As for :func:`sensitivity`; lower is better.
+        ranking: Of :func:`sensitivity` or :func:`estimate_sensitivity`; by default the former with ``switch="on"``.
+
+    Returns:
+        The layers, and whether that is enough: if not, all layers in float miss the budget, or the latency.
+
+    Raises:
+        QATError: If there is no budget, no site quantizes, the profiles have no times or name no layer of the model, the
+            ranking is of another model, or the batches are empty or do not fit the model.
+    """
+    if budget is None and latency is None:
+        raise QATError("budget: pass budget= for the metric, latency= in ms, or both")
+    if latency is not None and profiles is None:
+        raise QATError("profiles: a latency budget needs the layer profiles of the INT8 and of the FP16 engine")
+    batches = list(each_batch(batches))
+    metric = metric or relative_error
+    ranking = ranking or sensitivity(model, batches, metric=metric)
+    with analysing(model) as bench:
+        missing = set(bench.layers) - {layer.path for layer in ranking.layers}
+        if missing:
+            raise QATError(f"ranking: says nothing about {min(missing)}. Rank the layers of this model")
+        kinds = {path: layer.kind for path, layer in bench.layers.items()}
+        order = [layer.path for layer in ranking.layers if kinds.get(layer.path) in _KINDS]
+        total, extra = _costs(profiles, order)
+        judge = _Judge(bench.run, batches, frozenset(bench.layers), metric)
+        if budget is None:
+            assert latency is not None
+            chosen = _that_fit(order, extra, latency - total)
+        else:
+            chosen = _fewest(order, lambda paths: judge(paths) <= budget)
+        value, quantized = judge(chosen), judge(())
+    changes = {layer.path: layer.change for layer in ranking.layers}
+    layers = tuple(Choice(path, kinds[path], changes[path], extra[path] if profiles else None) for path in chosen)
+    estimate = total + sum(extra[path] for path in chosen) if profiles else None
+    name = getattr(metric, "__name__", type(metric).__name__)
+    return MixedPrecision(layers, name, value, quantized, budget, estimate, latency, len(judge.known))
+
+
+class _Judge:
+    """The metric with some layers in float, each set evaluated once."""
+
+    def __init__(
+        self, run: Callable[[Any, Collection[str]], Any], batches: Sequence[Any], layers: frozenset[str], metric: Metric
+    ) -> None:
+        self.run, self.batches, self.layers, self.metric = run, batches, layers, metric
+        self.references = [run(batch, ()) for batch in batches]
+        self.known: dict[frozenset[str], float] = {}
+
+    def __call__(self, paths: Collection[str]) -> float:
+        left = frozenset(paths)
+        if left not in self.known:
+            mean = Mean()
+            for batch, reference in zip(self.batches, self.references, strict=True):
+                mean.add(self.metric(self.run(batch, self.layers - left), reference, batch))
+            self.known[left] = mean.value
+        return self.known[left]
+
+
+def _fewest(order: list[str], suffices: Callable[[Collection[str]], bool]) -> list[str]:
+    """The first layers of ``order`` that suffice, without those that are not needed; all, if not even these suffice."""
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(order[:middle]) else (middle + 1, high)
+    chosen = order[:low]
+    if not suffices(chosen):
+        return order
+    for path in reversed(order[:low]):
+        rest = [other for other in chosen if other != path]
+        if suffices(rest):
+            chosen = rest
+    return chosen
+
+
+def _that_fit(order: list[str], extra: Mapping[str, float], room: float) -> list[str]:
+    """The layers of ``order`` whose costs fit, the first ones first. What costs nothing always does."""
+    chosen = []
+    for path in order:
+        if extra[path] <= max(room, 0.0):
+            chosen.append(path)
+            room -= extra[path]
+    return chosen
+
+
+def _costs(profiles: tuple[Inspection, Inspection] | None, paths: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """The time of the INT8 engine, and for each layer how much longer it takes in float, in ms."""
+    if profiles is None:
+        return 0.0, {}
+    quantized, floating = (layer_times(profile, paths) for profile in profiles)
+    total = sum(layer.time_ms or 0.0 for layer in profiles[0].layers)
+    return total, {path: floating[path] - quantized[path] for path in paths}
+
+
+def layer_times(profile: Inspection, paths: Iterable[str]) -> dict[str, float]:
+    """How long an engine takes for each of some modules.
+
+    Args:
+        profile: Of ``qat.tensorrt.inspect`` with ``times``.
+        paths: Module paths. ONNX nodes are named after them.
+
+    Returns:
+        Milliseconds by path. A kernel that computes several of the modules counts for each of them in equal parts.
+
+    Raises:
+        QATError: If the profile has no times, or names none of the modules.
+    """
+    if not any(layer.time_ms for layer in profile.layers):
+        raise QATError("profiles: no times. Pass qat.tensorrt.inspect(engine, times=qat.tensorrt.layer_times(engine, inputs))")
+    times = dict.fromkeys(paths, 0.0)
+    found = False
+    for layer in profile.layers:
+        modules = {module for node in layer.onnx_nodes for module in _around(node.rpartition("/")[0]) if module in times}
+        for module in modules:
+            found = True
+            times[module] += (layer.time_ms or 0.0) / len(modules)
+    if times and not found:
+        raise QATError(f"profiles: no layer of the engine is called after {next(iter(times))!r} or any other of the model")
+    return times
+
+
+def _around(path: str) -> Iterator[str]:
+    """A module and those that hold it."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]

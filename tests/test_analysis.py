@@ -1,0 +1,539 @@
+"""Errors, sensitivity, mixed precision and ranges: against plain loops over complete evaluations."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from prepare_nets import NO_HEAD, Block, Net, conv, images
+from torch import nn
+from torch.nn import functional as F
+
+import qat
+from qat import analysis
+from qat.analysis.layers import quantized_layers, switching
+from qat.quantizer import State, quantizers
+from qat.tensorrt import Inspection
+from qat.tensorrt.layers import EngineLayer
+
+
+class Shared(nn.Module):
+    """Two convolutions read one tensor, so that they share its quantizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 4, 1), conv(), conv()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return self.fc(F.relu(self.left(x) + self.right(x)).mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """One module called twice, in-place operators, a constant made in forward, two outputs of different dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.again = nn.Conv2d(3, 4, 1), conv()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = F.hardswish(self.norm(self.stem(x)), inplace=True)
+        early = x.mul_(2).mean((2, 3))
+        x = self.again(x)
+        x = self.again(F.silu(x, inplace=True)) * torch.tensor([1.5])
+        return {"early": early, "late": x, "top": x.flatten(1).argmax(1)}
+
+
+class WritesIntoEarlier(nn.Module):
+    """What comes from the second layer is added in place to the output of the first one, which is returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), conv()
+
+    def forward(self, x):
+        kept = F.relu(self.first(x))
+        view = kept[:, :2]
+        later = self.second(kept)
+        kept.add_(later.sigmoid_())
+        return kept, view.sum((1, 2, 3))
+
+
+class PreActivated(nn.Module):
+    """A site reads a tensor that is changed in place afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.last = nn.Conv2d(3, 4, 1), conv(), conv()
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.inner(x)
+        x.neg_()
+        return self.last(x) + y
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.layer(self.embed(x.flatten(2).transpose(1, 2))).mean(1))
+
+
+MODELS = {
+    "residual": (Net, None),
+    "shared quantizer": (Shared, None),
+    "two outputs": (Twice, NO_HEAD),
+    "writes into an earlier tensor": (WritesIntoEarlier, NO_HEAD),
+    "changed after it was read": (PreActivated, NO_HEAD),
+    "attention": (Encoder, None),
+}
+
+
+def made(name="residual"):
+    make, config = MODELS[name]
+    torch.manual_seed(0)
+    model = make()
+    qat.prepare(model, config)
+    qat.calibrate(model, [images(0), images(1)], progress=False)
+    return model
+
+
+def states(model):
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = [(site.state, site.observer, "export_scale" in vars(site)) for _, site in quantizers(model)]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training, m.__class__) for m in model.modules()]
+    return tensors, flags, hooks
+
+
+def unchanged(model, before):
+    tensors, *rest = states(model)
+    return rest == list(before[1:]) and all(torch.equal(tensor, before[0][name]) for name, tensor in tensors.items())
+
+
+def off(model):
+    for _, site in quantizers(model):
+        site.set_state(State.OFF)
+    return model
+
+
+# Switching.
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_layers_on_is_the_quantized_model_and_none_the_float_model(name):
+    model = made(name).eval()
+    with torch.no_grad():
+        quantized = analysis.metrics.output_tensors(model(images()))
+        with switching(model, quantized_layers(model).values()) as switches:
+            on = analysis.metrics.output_tensors(model(images()))
+            switches.on = ()
+            none = analysis.metrics.output_tensors(model(images()))
+        plain = analysis.metrics.output_tensors(off(model)(images()))
+    assert all(map(torch.equal, on, quantized))
+    assert all(map(torch.equal, none, plain))
+    assert not all(map(torch.equal, on, none))
+
+
+def test_layers_that_share_a_quantizer_are_switched_apart():
+    model = made("shared quantizer").eval()
+    assert model.left.input_quantizer is model.right.input_quantizer
+    with torch.no_grad(), switching(model, quantized_layers(model).values()) as switches:
+        switches.on = {"right"}
+        x = F.relu(model.stem(images()))
+        floating = F.conv2d(x, model.left.weight, model.left.bias)
+        assert torch.equal(model.left(x), floating)
+        assert not torch.equal(model.right(x), F.conv2d(x, model.right.weight, model.right.bias))
+
+
+# Sensitivity.
+
+
+def plain_loop(model, batch, metric, switch):
+    """One complete evaluation a layer, with nothing kept from another."""
+    layers = quantized_layers(model)
+    model.eval()
+    with torch.no_grad(), switching(model, layers.values()) as switches:
+        switches.on = ()
+        reference = model(batch)
+        start = frozenset() if switch == "on" else frozenset(layers)
+        found = {}
+        for path in layers:
+            switches.on = start ^ {path}
+            found[path] = float(metric(model(batch), reference, batch))
+        return found
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+@pytest.mark.parametrize("name", MODELS)
+def test_values_are_those_of_one_evaluation_a_layer(name, switch):
+    model = made(name)
+    before = states(model)
+    result = analysis.sensitivity(model, [images()], switch=switch)
+    assert unchanged(model, before)
+    expected = plain_loop(model, images(), analysis.relative_error, switch)
+    assert {layer.path: layer.value for layer in result.layers} == expected
+    assert any(value > 0 for value in expected.values())
+    changes = [layer.change for layer in result.layers]
+    assert changes == sorted(changes, reverse=switch == "on")
+    assert result.base == 0 if switch == "on" else result.base > 0
+
+
+def test_only_what_a_change_reaches_is_computed():
+    model = made()
+    convolutions = []
+    weights = {id(m.weight): path for path, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    compute = analysis.replay.Recording.compute
+
+    class Counting(analysis.replay.Recording):
+        def compute(self, func, args, kwargs, *, recorded):
+            if func is torch.ops.aten.convolution.default and not recorded:
+                convolutions.append(weights.get(id(args[1]), "the switched one"))
+            return compute(self, func, args, kwargs, recorded=recorded)
+
+    with torch.no_grad(), switching(model.eval(), quantized_layers(model).values()) as switches:
+        recording, switches.on = Counting(), ()
+        with recording.record():
+            model(x := images())
+        switches.on = {"body.conv2"}
+        with recording.replay():
+            model(x)
+    assert convolutions == ["the switched one"]
+
+
+def test_a_metric_of_the_user_sees_outputs_reference_and_labels_and_is_averaged_over_samples():
+    model = made()
+    batches = [(images(0), torch.tensor([0, 1])), (images(1)[:1], torch.tensor([2]))]
+
+    def cross_entropy(outputs, reference, batch):
+        assert reference.shape == outputs.shape
+        return F.cross_entropy(outputs, batch[1], reduction="none")
+
+    result = analysis.sensitivity(model, batches, metric=cross_entropy, switch="off")
+    with torch.no_grad():
+        losses = torch.cat([F.cross_entropy(model.eval()(x), y, reduction="none") for x, y in batches])
+    assert result.base == pytest.approx(float(losses.double().mean()), rel=1e-6)
+    assert result.metric == "cross_entropy"
+
+
+def test_kl_divergence_is_that_of_its_definition():
+    p, q = np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]), np.array([[0.25, 0.5, 0.25], [0.2, 0.2, 0.6]])
+    found = analysis.kl_divergence(torch.tensor(q).log() + 3, torch.tensor(p).log() - 1, None)
+    np.testing.assert_allclose(found.numpy(), (p * np.log(p / q)).sum(1), rtol=1e-12)
+
+
+def test_estimates_come_near_the_values_and_leave_the_model_as_it_was():
+    model = made()
+    before = states(model)
+    data = [torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(7))]
+    exact = {layer.path: layer.value for layer in analysis.sensitivity(model, data).layers}
+    result = analysis.estimate_sensitivity(model, data, draws=16)
+    assert unchanged(model, before)
+    assert not result.exact
+    assert all(p.grad is None for p in model.parameters())
+    # 16 * 64 draws: a standard deviation of 5 %, and what ReLUs make of it.
+    for layer in result.layers:
+        assert layer.value == pytest.approx(exact[layer.path], rel=0.3)
+
+
+def test_an_estimate_of_a_linear_model_converges_to_the_value():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    qat.prepare(model, NO_HEAD)
+    data = [torch.randn(512, 6)]
+    qat.calibrate(model, data, method="max", progress=False)
+    exact = {layer.path: layer.value for layer in analysis.sensitivity(model, data).layers}
+    for layer in analysis.estimate_sensitivity(model, data, draws=32).layers:
+        assert layer.value == pytest.approx(exact[layer.path], rel=0.06)  # five standard deviations
+
+
+# Errors of layers.
+
+
+def sqnr(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return 10 * math.log10((a**2).sum() / ((a - b) ** 2).sum())
+
+
+def test_layer_errors_are_those_of_outputs_taken_by_hand():
+    model = made()
+    before = states(model)
+    result = analysis.layer_errors(model, [images(0), (images(1), None)])
+    assert unchanged(model, before)
+    outputs = {}
+
+    def run(mode):
+        with torch.no_grad():
+            for seed in (0, 1):
+                model(images(seed))
+        found, outputs[mode] = torch.cat(taken), None
+        taken.clear()
+        return found
+
+    model.eval()
+    taken = []
+    handle = model.body.conv2.register_forward_hook(lambda m, args, out: taken.append(out.clone()))
+    quantized = run("quantized")
+    off(model)
+    floating = run("float")
+    for site in (model.body.conv2.input_quantizer, model.body.conv2.weight_quantizer):
+        site.set_state(State.QUANTIZING)
+    alone = run("alone")
+    handle.remove()
+    entry = next(e for e in result.layers if e.path == "body.conv2")
+    assert entry.sqnr == pytest.approx(sqnr(floating, alone), abs=1e-3)
+    assert entry.sqnr_accumulated == pytest.approx(sqnr(floating, quantized), abs=1e-3)
+    cosine = F.cosine_similarity(floating.flatten().double(), quantized.flatten().double(), dim=0)
+    assert entry.cosine_accumulated == pytest.approx(float(cosine), abs=1e-7)
+    assert [e.path for e in result.layers] == ["stem", "body.conv1", "body.conv2", "body.quant_add0", "pool"]
+    assert entry.sqnr > entry.sqnr_accumulated
+    first = result.layers[0]
+    assert first.sqnr == first.sqnr_accumulated  # nothing before it
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_has_finite_errors(name):
+    for error in analysis.layer_errors(made(name), [images()]).layers:
+        assert 5 < error.sqnr < 80
+        assert 0.9 < error.cosine_accumulated < 1
+
+
+def test_batches_may_be_mappings():
+    result = analysis.layer_errors(made(), [{"x": images(), "label": torch.zeros(2)}])
+    assert result == analysis.layer_errors(made(), [images()])
+
+
+# Mixed precision.
+
+
+def test_the_fewest_layers_are_left_in_float_and_the_value_is_that_of_the_model_with_them():
+    model = made()
+    before = states(model)
+    data = [images(0), images(1)]
+    everything = analysis.mixed_precision(model, data, budget=1.0)
+    assert everything.layers == ()
+    assert everything.met
+    assert everything.value == everything.quantized
+    budget = (everything.quantized + analysis.mixed_precision(model, data, budget=0.0).value) / 2
+    result = analysis.mixed_precision(model, data, budget=budget)
+    assert unchanged(model, before)
+    assert result.met
+    assert result.layers
+    assert result.value <= budget < result.quantized
+    layers = quantized_layers(model)
+
+    def value(left):
+        with torch.no_grad(), switching(model.eval(), layers.values()) as switches:
+            total = 0.0
+            for x in data:
+                switches.on = ()
+                reference = model(x)
+                switches.on = set(layers) - set(left)
+                total += float(analysis.relative_error(model(x), reference, x))
+        return total / len(data)
+
+    paths = [layer.path for layer in result.layers]
+    assert result.value == value(paths)
+    assert all(value([p for p in paths if p != path]) > budget for path in paths)
+
+
+def test_rules_leave_the_layers_in_float():
+    result = analysis.mixed_precision(made(), [images()], budget=0.0)
+    assert not result.met  # the Adds and the pooling stay quantized
+    assert {layer.path for layer in result.layers} == {"stem", "body.conv1", "body.conv2"}
+    report = qat.prepare(Net(), qat.QuantConfig(rules=result.rules[:2]))
+    left = {item.path for item in report.left}
+    assert left >= {layer.path for layer in result.layers[:2]}
+    assert report.count("conv") == 1
+    assert result.to_rules() == tuple(qat.Rule(**rule) for rule in result.rules)
+    assert "NOT MET" in str(result)
+    assert json.loads(result.to_json())["met"] is False
+
+
+def profile(**times):
+    layers = [EngineLayer(path, "CaskConvolution", onnx_nodes=(f"{path}/Conv",), time_ms=ms) for path, ms in times.items()]
+    return Inspection(tuple(layers), None)
+
+
+def profiles():
+    fast = Inspection((*profile(stem=1.0).layers, _fused("body.conv1/Conv", "body.conv2/Conv", ms=2.0)), None)
+    slow = Inspection((*profile(stem=4.0).layers, _fused("body.conv1/Conv", "body.conv2/Conv", ms=3.0)), None)
+    return fast, slow
+
+
+def _fused(*nodes, ms):
+    return EngineLayer("+".join(nodes), "CaskConvolution", onnx_nodes=nodes, time_ms=ms)
+
+
+def test_a_kernel_of_several_layers_counts_for_each_in_equal_parts():
+    assert analysis.layer_times(profiles()[1], ["stem", "body.conv1", "body.conv2"]) == {
+        "stem": 4.0,
+        "body.conv1": 1.5,
+        "body.conv2": 1.5,
+    }
+
+
+def test_a_latency_budget_takes_the_layers_that_fit():
+    result = analysis.mixed_precision(made(), [images()], latency=4.0, profiles=profiles())
+    assert {layer.path for layer in result.layers} == {"body.conv1", "body.conv2"}
+    assert result.latency_ms == pytest.approx(4.0)
+    assert result.met
+    assert result.value < result.quantized
+    both = analysis.mixed_precision(made(), [images()], budget=0.0, latency=4.0, profiles=profiles())
+    assert both.latency_ms == pytest.approx(7.0)
+    assert not both.met
+
+
+def test_a_given_ranking_decides_the_order():
+    ranking = analysis.estimate_sensitivity(made(), [images()], draws=1)
+    last = [layer for layer in reversed(ranking.layers) if layer.kind == "conv"]
+    turned = analysis.Sensitivity(tuple(reversed(ranking.layers)), "on", 0.0, "relative_error", False)
+    result = analysis.mixed_precision(made(), [images()], latency=3.5, profiles=profiles(), ranking=turned)
+    affordable = [layer.path for layer in last if layer.path != "stem"]
+    assert [layer.path for layer in result.layers] == affordable[:1]
+
+
+# Ranges.
+
+
+def test_ranges_say_what_reaches_the_sites_and_what_is_clipped():
+    model = made()
+    model.stem.input_quantizer.set_range(torch.tensor(1.0))
+    before = states(model)
+    result = analysis.ranges(model, [images(0), images(1)])
+    assert unchanged(model, before)
+    x = torch.cat([images(0), images(1)]).abs()
+    entry = next(site for site in result.sites if site.path == "stem.input_quantizer")
+    assert entry.amax == 1.0
+    assert entry.largest == float(x.max())
+    assert entry.clipped == pytest.approx(float((x > 1).float().mean()), abs=0.005)
+    assert result.histograms[entry.path].total == x.numel()
+    counts = result.to_dict()["histograms"][entry.path]["counts"]
+    assert sum(counts) == x.numel()
+    json.loads(result.to_json())
+
+
+def test_clip_rates_count_exactly():
+    model = made()
+    model.stem.input_quantizer.set_range(torch.tensor(1.0))
+    model.train()
+    found = analysis.clip_rates(model, [images(0), {"x": images(1)}])
+    assert model.training
+    codes = (torch.cat([images(0), images(1)]) * 127).round()
+    assert found.rates["stem.input_quantizer"] == float(((codes > 127) | (codes < -128)).double().mean())
+    assert next(iter(found.rates)) == "stem.input_quantizer"
+
+
+def test_compare_tells_what_training_changed():
+    model = made()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model.stem.weight[1] *= 3
+        model.body.conv1.input_quantizer.amax.mul_(0.5)
+    changes = analysis.compare(before, model.state_dict())
+    moved = {change.path: (change.smallest, change.largest) for change in changes.ranges}
+    assert moved["stem.weight_quantizer"] == pytest.approx((1.0, 3.0))
+    assert moved["body.conv1.input_quantizer"] == (0.5, 0.5)
+    weights = {change.name: change.sqnr for change in changes.weights}
+    assert weights["stem.weight"] == pytest.approx(sqnr(before["stem.weight"], model.stem.weight.detach()), abs=1e-6)
+    assert weights["body.conv1.weight"] == math.inf
+    assert json.loads(changes.to_json())["weights"][1]["sqnr"] is None
+    assert "stem.weight" in str(changes)
+
+
+# Failures.
+
+
+class Failing(Net):
+    fails = False
+
+    def forward(self, x):
+        x = self.stem(x)
+        if self.fails:
+            raise RuntimeError("out of order")
+        return self.fc(self.pool(self.body(x)).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "analyse", [analysis.sensitivity, analysis.estimate_sensitivity, analysis.layer_errors, analysis.ranges]
+)
+def test_a_model_that_fails_is_left_as_it_was(analyse):
+    model = Failing()
+    qat.prepare(model)
+    qat.calibrate(model, [images()], progress=False)
+    model.fails = True
+    before = states(model)
+    with pytest.raises(RuntimeError, match="out of order"):
+        analyse(model, [images()])
+    assert unchanged(model, before)
+
+
+def test_buffers_that_forward_writes_are_as_after_no_run():
+    class Counter(Block):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return super().forward(self.stem(x)) * self.calls
+
+    model = Counter()
+    qat.prepare(model, NO_HEAD)
+    qat.calibrate(model, [images()], progress=False)
+    start = model.calls.clone()
+    result = analysis.sensitivity(model, [images()])
+    assert torch.equal(model.calls, start)
+    assert all(0 < layer.value < 0.1 for layer in result.layers)
+
+
+@pytest.mark.parametrize("analyse", [analysis.sensitivity, analysis.layer_errors, analysis.ranges, analysis.clip_rates])
+def test_uncalibrated_models_and_bad_batches_are_refused(analyse):
+    model = Net()
+    with pytest.raises(qat.QATError, match=r"qat\.prepare"):
+        analyse(model, [images()])
+    qat.prepare(model)
+    with pytest.raises(qat.QATError, match=r"qat\.calibrate"):
+        analyse(model, [images()])
+    qat.calibrate(model, [images()], progress=False)
+    with pytest.raises(qat.QATError, match="is a Tensor"):
+        analyse(model, images())
+    with pytest.raises(qat.QATError, match="is empty"):
+        analyse(model, [])
+
+
+def test_bad_arguments_are_refused():
+    model, data = made(), [images()]
+    with pytest.raises(qat.QATError, match="switch='both'"):
+        analysis.sensitivity(model, data, switch="both")
+    with pytest.raises(qat.QATError, match="draws=0"):
+        analysis.estimate_sensitivity(model, data, draws=0)
+    with pytest.raises(qat.QATError, match="budget"):
+        analysis.mixed_precision(model, data)
+    with pytest.raises(qat.QATError, match="profiles"):
+        analysis.mixed_precision(model, data, latency=1.0)
+    with pytest.raises(qat.QATError, match="no times"):
+        analysis.layer_times(profile(stem=None), ["stem"])
+    with pytest.raises(qat.QATError, match="called after 'other'"):
+        analysis.layer_times(profile(stem=1.0), ["other"])
+    with pytest.raises(qat.QATError, match="metric: returned str"):
+        analysis.sensitivity(model, data, metric=lambda *_: "good")
+    with pytest.raises(qat.QATError, match="in common"):
+        analysis.compare({}, {})
+    with pytest.raises(qat.QATError, match="logits"):
+        analysis.sensitivity(made("two outputs"), data, metric=lambda o, r, b: analysis.kl_divergence(o["late"], r["late"], b))
+
+
+@pytest.mark.parametrize("result", [analysis.sensitivity, analysis.layer_errors, analysis.ranges, analysis.clip_rates])
+def test_results_print_every_path_and_give_json(result):
+    found = result(made(), [images()])
+    assert "body.conv1" in str(found)
+    assert json.loads(found.to_json()) == found.to_dict()
