@@ -313,20 +313,28 @@ def test_batches_may_be_mappings():
 # Mixed precision.
 
 
+def chain():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())))
+    qat.prepare(model, NO_HEAD)
+    data = [torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)]
+    qat.calibrate(model, data, progress=False)
+    return model, data
+
+
 def test_the_fewest_layers_are_left_in_float_and_the_value_is_that_of_the_model_with_them():
-    model = made()
+    model, data = chain()
     before = states(model)
-    data = [images(0), images(1)]
     everything = analysis.mixed_precision(model, data, budget=1.0)
     assert everything.layers == ()
     assert everything.met
     assert everything.value == everything.quantized
-    budget = (everything.quantized + analysis.mixed_precision(model, data, budget=0.0).value) / 2
+    budget = everything.quantized * 0.5
     result = analysis.mixed_precision(model, data, budget=budget)
     assert unchanged(model, before)
     assert result.met
-    assert result.layers
-    assert result.value <= budget < result.quantized
+    assert 0 < len(result.layers) < 4
     layers = quantized_layers(model)
 
     def value(left):
@@ -340,19 +348,30 @@ def test_the_fewest_layers_are_left_in_float_and_the_value_is_that_of_the_model_
         return total / len(data)
 
     paths = [layer.path for layer in result.layers]
-    assert result.value == value(paths)
+    assert result.value == value(paths) <= budget < result.quantized
     assert all(value([p for p in paths if p != path]) > budget for path in paths)
 
 
-def test_rules_leave_the_layers_in_float():
-    result = analysis.mixed_precision(made(), [images()], budget=0.0)
-    assert not result.met  # the Adds and the pooling stay quantized
-    assert {layer.path for layer in result.layers} == {"stem", "body.conv1", "body.conv2"}
-    report = qat.prepare(Net(), qat.QuantConfig(rules=result.rules[:2]))
-    left = {item.path for item in report.left}
-    assert left >= {layer.path for layer in result.layers[:2]}
-    assert report.count("conv") == 1
+def test_rules_give_a_model_of_that_value():
+    model, data = chain()
+    result = analysis.mixed_precision(model, data, budget=analysis.mixed_precision(model, data, budget=1.0).quantized / 2)
     assert result.to_rules() == tuple(qat.Rule(**rule) for rule in result.rules)
+    state = model.state_dict()
+    qat.restore(model)
+    with torch.no_grad():
+        reference = [model.eval()(x) for x in data]
+    report = qat.prepare(model, NO_HEAD.replace(rules=result.rules))
+    assert {item.path for item in report.left} == {layer.path for layer in result.layers}
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    with torch.no_grad():
+        values = [float(analysis.relative_error(model(x), r, x)) for x, r in zip(data, reference, strict=True)]
+    assert sum(values) / len(values) == pytest.approx(result.value, rel=1e-9)
+
+
+def test_a_budget_that_no_set_meets_is_said_to_be_missed():
+    result = analysis.mixed_precision(made(), [images()], budget=0.0)  # the Add and the pooling stay quantized
+    assert not result.met
+    assert result.value > 0
     assert "NOT MET" in str(result)
     assert json.loads(result.to_json())["met"] is False
 
@@ -386,9 +405,17 @@ def test_a_latency_budget_takes_the_layers_that_fit():
     assert result.latency_ms == pytest.approx(4.0)
     assert result.met
     assert result.value < result.quantized
-    both = analysis.mixed_precision(made(), [images()], budget=0.0, latency=4.0, profiles=profiles())
-    assert both.latency_ms == pytest.approx(7.0)
-    assert not both.met
+
+
+def test_an_accuracy_and_a_latency_budget_are_met_or_not_together():
+    model, data = chain()
+    layers = [f"{i}" for i in (0, 2, 4, 6)]
+    pair = profile(**dict.fromkeys(layers, 1.0)), profile(**dict.fromkeys(layers, 3.0))
+    result = analysis.mixed_precision(model, data, budget=0.0, latency=11.0, profiles=pair)
+    assert result.value == 0
+    assert result.latency_ms == pytest.approx(12.0)
+    assert not result.met
+    assert analysis.mixed_precision(model, data, budget=0.0, latency=12.0, profiles=pair).met
 
 
 def test_a_given_ranking_decides_the_order():

@@ -124,7 +124,7 @@ def mixed_precision(
         ranking: Of :func:`sensitivity` or :func:`estimate_sensitivity`; by default the former with ``switch="on"``.
 
     Returns:
-        The layers, and whether that is enough: if not, all layers in float miss the budget, or the latency.
+        The layers, and whether that is enough (``met``); if no set that was tried meets ``budget``, the best of them.
 
     Raises:
         QATError: If there is no budget, no site quantizes, the profiles have no times or name no layer of the model, the
@@ -149,7 +149,7 @@ def mixed_precision(
             assert latency is not None
             chosen = _that_fit(order, extra, latency - total)
         else:
-            chosen = _fewest(order, lambda paths: judge(paths) <= budget)
+            chosen = _fewest(order, judge, budget)
         value, quantized = judge(chosen), judge(())
     changes = {layer.path: layer.change for layer in ranking.layers}
     layers = tuple(Choice(path, kinds[path], changes[path], extra[path] if profiles else None) for path in chosen)
@@ -178,18 +178,21 @@ class _Judge:
         return self.known[left]
 
 
-def _fewest(order: list[str], suffices: Callable[[Collection[str]], bool]) -> list[str]:
-    """The first layers of ``order`` that suffice, without those that are not needed; all, if not even these suffice."""
+def _fewest(order: list[str], judge: _Judge, budget: float) -> list[str]:
+    """The first layers of ``order`` that meet the budget, less those that are not needed; the best set seen if none does."""
     low, high = 0, len(order)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if suffices(order[:middle]) else (middle + 1, high)
+        low, high = (low, middle) if judge(order[:middle]) <= budget else (middle + 1, high)
     chosen = order[:low]
-    if not suffices(chosen):
-        return order
+    if judge(chosen) > budget:
+        # Errors may cancel, so that more layers in float need not be better.
+        judge(())
+        best = min(judge.known, key=lambda paths: (judge.known[paths], len(paths)))
+        return [path for path in order if path in best]
     for path in reversed(order[:low]):
         rest = [other for other in chosen if other != path]
-        if suffices(rest):
+        if judge(rest) <= budget:
             chosen = rest
     return chosen
 
