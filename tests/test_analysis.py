@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from prepare_nets import NO_HEAD, Block, Net, conv, images
+from prepare_nets import NO_HEAD, Block, Net, calibrated, conv, images
 from torch import nn
 from torch.nn import functional as F
 
@@ -368,9 +368,29 @@ def test_rules_give_a_model_of_that_value():
     assert sum(values) / len(values) == pytest.approx(result.value, rel=1e-9)
 
 
+def test_an_add_may_be_what_is_left_in_float():
+    model = made()
+    result = analysis.mixed_precision(model, [images()], budget=0.0)
+    assert result.met
+    assert {(layer.path, layer.kind) for layer in result.layers} >= {("body.quant_add0", "add"), ("pool", "pool")}
+    report = qat.prepare(Net(), qat.QuantConfig(rules=[rule for rule in result.rules if "quant_add" in rule["match"]]))
+    assert (report.count("add"), report.count("conv")) == (0, 3)
+
+
+class TwoAdds(Block):
+    def forward(self, x):
+        x = self.conv1(x) + x
+        return self.conv2(x) + x
+
+
 def test_a_budget_that_no_set_meets_is_said_to_be_missed():
-    result = analysis.mixed_precision(made(), [images()], budget=0.0)  # the Add and the pooling stay quantized
+    # A rule cannot rely on the numbers of two Adds in one forward: they stay quantized.
+    torch.manual_seed(0)
+    model = calibrated(Net(TwoAdds()))
+    assert {"body.quant_add0", "body.quant_add1"} <= set(quantized_layers(model))
+    result = analysis.mixed_precision(model, [images()], budget=0.0)
     assert not result.met
+    assert not any(layer.kind == "add" for layer in result.layers)
     assert result.value > 0
     assert "NOT MET" in str(result)
     assert json.loads(result.to_json())["met"] is False
@@ -423,6 +443,7 @@ def test_a_given_ranking_decides_the_order():
     last = [layer for layer in reversed(ranking.layers) if layer.kind == "conv"]
     turned = analysis.Sensitivity(tuple(reversed(ranking.layers)), "on", 0.0, "relative_error", False)
     result = analysis.mixed_precision(made(), [images()], latency=3.5, profiles=profiles(), ranking=turned)
+    # The profiles say nothing about the Add and the pooling, which then are not taken for free.
     affordable = [layer.path for layer in last if layer.path != "stem"]
     assert [layer.path for layer in result.layers] == affordable[:1]
 

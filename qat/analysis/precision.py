@@ -12,7 +12,10 @@ from torch import nn
 
 from ..config import Rule
 from ..errors import QATError
-from .layers import analysing, each_batch
+from ..nn.add import QuantAdd
+from ..nn.mul import QuantMul
+from ..quantizer import Quantizer
+from .layers import Layer, analysing, each_batch
 from .metrics import Mean, Metric, relative_error
 from .report import Result, Sensitivity, make_table
 from .sensitivity import sensitivity
@@ -20,19 +23,16 @@ from .sensitivity import sensitivity
 if TYPE_CHECKING:
     from ..tensorrt import Inspection
 
-# What a rule leaves in float by itself. Sites at Adds follow the layers around them when a model is prepared.
-_KINDS = ("conv", "linear", "attention")
-
 
 @dataclass(frozen=True)
 class Choice:
-    """One layer that is left in float.
+    """One layer, Add, gate or pooling that is left in float.
 
     Attributes:
         path: Module path.
-        kind: ``"conv"``, ``"linear"`` or ``"attention"``.
+        kind: ``"conv"``, ``"linear"``, ``"attention"``, ``"add"``, ``"gate"`` or ``"pool"``.
         change: Its entry in the ranking.
-        extra_ms: What that costs by the profiles, in ms; ``None`` without them.
+        extra_ms: What that costs by the profiles, in ms; ``None`` if they do not tell.
     """
 
     path: str
@@ -111,8 +111,10 @@ def mixed_precision(
     float, the one returned included. This is a greedy search: a smaller set may exist. With ``latency`` alone, the layers that
     fit are taken in the order of the ranking.
 
-    Nothing is changed: prepare a float model with ``QuantConfig(rules=result.rules)``. Sites at Adds stay as they are in the
-    evaluation; ``qat.prepare`` places none at an Add that no quantized layer feeds any more.
+    Nothing is changed: prepare a float model with ``QuantConfig(rules=result.rules)``. It has the value that was evaluated,
+    unless all layers that feed an Add are left in float: ``qat.prepare`` then places no site at that Add either (and refuses a
+    rule for it as one that matches nothing: leave that one out). Of several Adds, gates or poolings in the forward of one
+    module none is chosen: they are numbered, so that a rule may mean another one once such a site is gone.
 
     Args:
         model: Prepared and calibrated. Sites that are off stay off.
@@ -142,18 +144,18 @@ def mixed_precision(
         if missing:
             raise QATError(f"ranking: says nothing about {min(missing)}. Rank the layers of this model")
         kinds = {path: layer.kind for path, layer in bench.layers.items()}
-        order = [layer.path for layer in ranking.layers if kinds.get(layer.path) in _KINDS]
+        order = [layer.path for layer in ranking.layers if layer.path in kinds and not _is_numbered(bench.layers, layer.path)]
         total, extra = _costs(profiles, order)
         judge = _Judge(bench.run, batches, frozenset(bench.layers), metric)
         if budget is None:
             assert latency is not None
-            chosen = _that_fit(order, extra, latency - total)
+            chosen = _that_fit([path for path in order if path in extra], extra, latency - total)
         else:
             chosen = _fewest(order, judge, budget)
         value, quantized = judge(chosen), judge(())
     changes = {layer.path: layer.change for layer in ranking.layers}
-    layers = tuple(Choice(path, kinds[path], changes[path], extra[path] if profiles else None) for path in chosen)
-    estimate = total + sum(extra[path] for path in chosen) if profiles else None
+    layers = tuple(Choice(path, kinds[path], changes[path], extra.get(path)) for path in chosen)
+    estimate = total + sum(extra.get(path, 0.0) for path in chosen) if profiles else None
     name = getattr(metric, "__name__", type(metric).__name__)
     return MixedPrecision(layers, name, value, quantized, budget, estimate, latency, len(judge.known))
 
@@ -176,6 +178,13 @@ class _Judge:
                 mean.add(self.metric(self.run(batch, self.layers - left), reference, batch))
             self.known[left] = mean.value
         return self.known[left]
+
+
+def _is_numbered(layers: Mapping[str, Layer], path: str) -> bool:
+    """Whether a site is one of several of its kind in the forward of one module, whose names depend on each other."""
+    parent, kind = path.rpartition(".")[0], layers[path].kind
+    alike = [other for other in layers.values() if other.kind == kind and other.path.rpartition(".")[0] == parent]
+    return len(alike) > 1 and isinstance(layers[path].module, QuantAdd | QuantMul | Quantizer)
 
 
 def _fewest(order: list[str], judge: _Judge, budget: float) -> list[str]:
@@ -213,7 +222,7 @@ def _costs(profiles: tuple[Inspection, Inspection] | None, paths: Sequence[str])
         return 0.0, {}
     quantized, floating = (layer_times(profile, paths) for profile in profiles)
     total = sum(layer.time_ms or 0.0 for layer in profiles[0].layers)
-    return total, {path: floating[path] - quantized[path] for path in paths}
+    return total, {path: floating[path] - quantized[path] for path in paths if path in quantized and path in floating}
 
 
 def layer_times(profile: Inspection, paths: Iterable[str]) -> dict[str, float]:
@@ -224,22 +233,22 @@ def layer_times(profile: Inspection, paths: Iterable[str]) -> dict[str, float]:
         paths: Module paths. ONNX nodes are named after them.
 
     Returns:
-        Milliseconds by path. A kernel that computes several of the modules counts for each of them in equal parts.
+        Milliseconds by path, for those that the profile names. A kernel that computes several of them counts for each in equal
+        parts.
 
     Raises:
         QATError: If the profile has no times, or names none of the modules.
     """
     if not any(layer.time_ms for layer in profile.layers):
         raise QATError("profiles: no times. Pass qat.tensorrt.inspect(engine, times=qat.tensorrt.layer_times(engine, inputs))")
-    times = dict.fromkeys(paths, 0.0)
-    found = False
+    wanted = list(paths)
+    times: dict[str, float] = {}
     for layer in profile.layers:
-        modules = {module for node in layer.onnx_nodes for module in _around(node.rpartition("/")[0]) if module in times}
+        modules = {module for node in layer.onnx_nodes for module in _around(node.rpartition("/")[0]) if module in wanted}
         for module in modules:
-            found = True
-            times[module] += (layer.time_ms or 0.0) / len(modules)
-    if times and not found:
-        raise QATError(f"profiles: no layer of the engine is called after {next(iter(times))!r} or any other of the model")
+            times[module] = times.get(module, 0.0) + (layer.time_ms or 0.0) / len(modules)
+    if wanted and not times:
+        raise QATError(f"profiles: no layer of the engine is called after {wanted[0]!r} or any other of the model")
     return times
 
 
