@@ -16,12 +16,16 @@ _PUBLIC = {
     "Rule": "config",
     "calibrate": "calibration",
     "compile_options": "compiling",
+    "correct_biases": "refinement",
+    "equalize": "refinement",
     "export_onnx": "export",
     "fake_quantize": "numerics",
     "load_from_checkpoint": "loading",
+    "oscillation_penalty": "oscillation",
     "parity": "export",
     "prepare": "preparation",
     "restore": "preparation",
+    "round_weights": "refinement",
 }
 _MODULES = frozenset(_PUBLIC.values()) | {
     *("analysis", "batchnorm", "bench", "distillation", "inputs", "interop"),
@@ -39,7 +43,9 @@ if TYPE_CHECKING:
     from .export import export_onnx, parity
     from .loading import load_from_checkpoint
     from .numerics import INT4, INT8, Format, fake_quantize
+    from .oscillation import oscillation_penalty
     from .preparation import prepare, restore
+    from .refinement import correct_biases, equalize, round_weights
 
 
 def __getattr__(name: str) -> Any:

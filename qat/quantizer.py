@@ -324,6 +324,19 @@ def watching(model: nn.Module, look: Callable[[str, Quantizer, Tensor], None]) -
             handle.remove()
 
 
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """While this lasts every site passes tensors through unchanged: the float model."""
+    before = [(site, site.state) for _, site in quantizers(model)]
+    try:
+        for site, _ in before:
+            site.state = State.OFF
+        yield
+    finally:
+        for site, state in before:
+            site.state = state
+
+
 def is_prepared(model: nn.Module) -> bool:
     """Whether ``model`` holds any quantizer."""
     return next(quantizers(model), None) is not None

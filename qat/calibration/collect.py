@@ -73,7 +73,7 @@ def calibrate(
         True
     """
     check_method(method, percentile)
-    _check_data(data, batches)
+    check_data(data, batches)
     # DistributedDataParallel would broadcast buffers in each forward: ranks with fewer batches would be waited for.
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
@@ -116,7 +116,8 @@ def calibrate(
     return result
 
 
-def _check_data(data: Any, batches: int | None) -> None:
+def check_data(data: Any, batches: int | None) -> None:
+    """Refuse data that :func:`calibrate` cannot take."""
     if isinstance(data, Tensor | Mapping | str):
         raise QATError(f"data: is a {type(data).__name__}, so one batch at best; pass an iterable of batches, such as [batch]")
     if _is_function(data):

@@ -48,7 +48,7 @@ class Run:
     adds: dict[tuple[str, Key], list[tuple[Operand, Operand]]] = field(default_factory=dict)
 
 
-class _Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):
     """Remembers for every tensor what it was computed from."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ def observe(flow: Flow, example_inputs: Any) -> Run:
     Classes, modes, hooks and random state are afterwards what they were. Side effects of the model's own forward are
     those of one call.
     """
-    model, run, tracker = flow.model, Run(), _Tracker()
+    model, run, tracker = flow.model, Run(), Tracker()
     handles: list[Any] = []
     modes = {module: module.training for module in model.modules()}
     classes: dict[nn.Module, type] = {}
