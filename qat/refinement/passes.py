@@ -47,7 +47,7 @@ class Passes:
         check_data(data, batches)
         if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
             raise QATError("data: is a function; pass a loader, which gives its batches again for every layer")
-        if iter(data) is data:
+        if isinstance(data, Iterator):
             raise QATError("data: is an iterator, which gives its batches once; pass a loader or a list of batches")
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise QATError("model: each process would change it by its own data. Run this in one process and save the model")
