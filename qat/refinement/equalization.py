@@ -107,7 +107,8 @@ def equalize(model: nn.Module, example_inputs: Any) -> Equalization:
     - A channel between two layers, if all that lies between is scale-equivariant (ReLU, max and average pooling, flattening):
       the first layer divides by ``s``, the second multiplies by it. ``s = sqrt(r1 / r2)`` makes both ranges
       ``sqrt(r1 * r2)`` (equation 11); chains of layers are swept until nothing moves. Where batch normalization follows
-      the first layer it is folded into ``r1``, and its weight and bias take the division.
+      the first layer it is folded into ``r1``, and its weight and bias take the division. ``r2`` is taken of the second
+      layer's weight as it is; folding its normalization in as well, as the paper does, was worse on the digits.
     - An output channel of a layer that batch normalization reads: its statistics are scaled with it, and nothing else sees
       it. All output channels get one range, so that one weight scale a tensor is as good as one a channel. The running
       statistics remain those of the layer's output, so the normalization may train on.
@@ -188,8 +189,8 @@ class _Rows:
             _multiply(t, scale)
         _multiply(self.norm.weight, 1 / scale)
 
-    def step(self) -> float:
-        """Give all channels the range of the largest; returns the largest logarithm of a scale."""
+    def step(self) -> None:
+        """Give all channels the range of the largest."""
         ranges = _row_ranges(self.layer)
         scale = torch.where(_alive(ranges), ranges.max() / ranges, 1.0)
         deviation = self._deviation()
@@ -197,7 +198,6 @@ class _Rows:
             _multiply(t, scale)
         _multiply(self.norm.running_var, scale.square())
         _multiply(self.norm.weight, self._deviation() / (deviation * scale))
-        return scale.log().abs().max().item()
 
     def ratio(self) -> float:
         return _ratio(_row_ranges(self.layer))
@@ -293,7 +293,6 @@ def _candidates(model: nn.Module, wiring: Wiring) -> tuple[list[_Rows | _Pair], 
             left[second] = why
         else:
             found.append(_Pair(model, first, norms.get(first, ""), second))
-    # Last in each sweep: a pair changes the rows of its second layer.
     found += [_Rows(model, path, norm) for path, norm in norms.items() if not is_conv_transposed(model.get_submodule(path))]
     return found, left
 
@@ -362,9 +361,14 @@ def _invariant(model: nn.Module, scalings: Sequence[_Rows | _Pair], inputs: Any,
 
 
 def _sweep(scalings: Sequence[_Rows | _Pair]) -> None:
+    pairs = [scaling for scaling in scalings if isinstance(scaling, _Pair)]
     for _ in range(_SWEEPS):
-        if max((scaling.step() for scaling in scalings), default=0.0) < _CONVERGED:
-            return
+        if max((pair.step() for pair in pairs), default=0.0) < _CONVERGED:
+            break
+    # Afterwards: a pair changes the rows of its second layer.
+    for scaling in scalings:
+        if isinstance(scaling, _Rows):
+            scaling.step()
 
 
 def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
