@@ -33,6 +33,7 @@ from .modes import evaluating, uncompiled
 from .nn.attention import QuantAttention
 from .nn.layers import QUANTIZABLE
 from .nonfinite import first_non_finite
+from .oscillation import oscillation_penalty, ramp
 from .preparation import Report, prepare, prepared_report, restore
 from .quantizer import WeightQuantizer, is_prepared, quantizers
 from .ranges import clip_rates, freeze_ranges, range_drift, ranges_are_frozen, recorded_ranges, separate_ranges
@@ -79,6 +80,8 @@ class QATCallback(Callback):
             build the same model again.
         distill_weight: What the distance to the teacher is multiplied by before it is added to the loss.
         distill_loss: ``distill_loss(student_output, teacher_output)``. By default the divergence of class probabilities.
+        dampen_oscillations: What :func:`~qat.oscillation_penalty` is multiplied by at the end of the training; the factor grows
+            from 0 along half a cosine. For few bits.
         log_ranges: What to log at the end of each epoch, by the last batch: the ``"summary"`` (largest and mean clip rate,
             largest change of a range since ``fit`` began), all ``"sites"``, or ``None``.
         range_lr_factor: Learning rate of learned ranges, relative to that of the parameter group they would be in. They get
@@ -105,6 +108,7 @@ class QATCallback(Callback):
         distill_from: nn.Module | Literal["float"] | None = None,
         distill_weight: float = 1.0,
         distill_loss: Callable[[Any, Any], Tensor] | None = None,
+        dampen_oscillations: float = 0.0,
         log_ranges: Literal["summary", "sites"] | None = "summary",
         range_lr_factor: float = 1.0,
     ) -> None:
@@ -141,6 +145,9 @@ class QATCallback(Callback):
         self.distill_from = distill_from
         self.distill_weight = distill_weight
         self.distill_loss = distill_loss
+        if not dampen_oscillations >= 0:
+            raise QATError(f"dampen_oscillations={dampen_oscillations}: must be at least 0, which leaves it out")
+        self.dampen_oscillations = dampen_oscillations
         self._distillation: Distillation | None = None
         # Outlives fit, for checkpoints that are saved afterwards.
         self._fingerprint: str | None = None
@@ -281,21 +288,20 @@ class QATCallback(Callback):
         if due and not ranges_are_frozen(pl_module):
             freeze_ranges(pl_module)
 
-    # Distillation
+    # Further terms of the loss
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Add the distance to the teacher to the loss."""
-        if self._distillation is None:
-            return
-        with trainer.precision_plugin.forward_context():
-            distance = self._distillation.loss()
-        pl_module.log("distillation", distance.detach())
-        added = self.distill_weight * distance
-        # Lightning has divided and scaled the loss already.
-        if pl_module.automatic_optimization:
-            added = added / trainer.accumulate_grad_batches
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        loss.add_((added if scaler is None else scaler.scale(added)).to(loss.dtype))
+        """Add the distance to the teacher and the penalty on oscillations to the loss."""
+        if self._distillation is not None:
+            with trainer.precision_plugin.forward_context():
+                distance = self._distillation.loss()
+            pl_module.log("distillation", distance.detach())
+            _add_to_loss(trainer, pl_module, loss, self.distill_weight * distance)
+        if self.dampen_oscillations:
+            penalty = oscillation_penalty(pl_module)
+            pl_module.log("oscillation_penalty", penalty.detach())
+            factor = self.dampen_oscillations * ramp(trainer.global_step / trainer.estimated_stepping_batches)
+            _add_to_loss(trainer, pl_module, loss, factor * penalty)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export."""
@@ -352,6 +358,15 @@ class QATCallback(Callback):
             f"the training loss is {loss.mean().item()} in epoch {trainer.current_epoch}, {found}. "
             "A NaN in an input comes from the data or the layer before; in a weight, lower the learning rate"
         )
+
+
+def _add_to_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor, term: Tensor) -> None:
+    """Add a term to the loss that is about to be differentiated, in place."""
+    # Lightning has divided and scaled the loss already.
+    if pl_module.automatic_optimization:
+        term = term / trainer.accumulate_grad_batches
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    loss.add_((term if scaler is None else scaler.scale(term)).to(loss.dtype))
 
 
 def _check_keys(argument: str, given: Mapping[str, Any], function: Callable[..., Any], besides: tuple[str, ...]) -> None:

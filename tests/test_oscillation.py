@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from prepare_nets import Net, images
+from test_callback import Lit, callback, fit
 from torch import nn
 
 import qat
@@ -88,3 +89,33 @@ def test_attention_counts():
 def test_a_float_model_is_refused():
     with pytest.raises(qat.QATError, match="no weight is quantized"):
         qat.oscillation_penalty(Net())
+
+
+# With Lightning
+
+
+class ByHand(Lit):
+    """What the callback is to do, written into the training step."""
+
+    def training_step(self, batch, batch_idx):
+        progress = self.trainer.global_step / self.trainer.estimated_stepping_batches
+        return super().training_step(batch, batch_idx) + 0.5 * ramp(progress) * qat.oscillation_penalty(self)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}])
+def test_the_callback_adds_what_a_training_step_would(options):
+    found, expected, plain = Lit(), ByHand(), Lit()
+    fit(found, callback(dampen_oscillations=0.5), **options)
+    fit(expected, callback(), **options)
+    trainer = fit(plain, callback(), **options)
+    assert "oscillation_penalty" not in trainer.callback_metrics
+    differs = False
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+        differs |= not torch.equal(plain.state_dict()[name], value)
+    assert differs, "the penalty changed nothing, so this test shows nothing"
+
+
+def test_a_negative_factor_is_refused():
+    with pytest.raises(qat.QATError, match="dampen_oscillations=-1"):
+        qat.QATCallback(dampen_oscillations=-1)
