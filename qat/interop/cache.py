@@ -11,8 +11,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from ..errors import QATError
 from ..inputs import call
 from ..modes import evaluating, uncompiled
 from ..preparation import prepared_report
-from ..quantizer import Quantizer, State, WeightQuantizer, quantizers, watching
+from ..quantizer import Quantizer, WeightQuantizer, quantizers, switched_off, watching
 from ..tensorrt.calibrators import CACHE_HEADER
 from ..tensorrt.files import read_whole
 from .fit import smallest_range
@@ -177,24 +176,11 @@ def _observe(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[Tens
         elif not any(x is other for other in seen.setdefault(path, [])):
             seen[path].append(x.clone())
 
-    with _float(model), watching(model, look), evaluating(model), torch.no_grad(), uncompiled():
+    with switched_off(model), watching(model, look), evaluating(model), torch.no_grad(), uncompiled():
         call(model, example_inputs)
     if not seen:
         raise QATError("model: not prepared, or example_inputs reach no site. Run qat.prepare(model) first")
     return seen, weights
-
-
-@contextmanager
-def _float(model: nn.Module) -> Iterator[None]:
-    """Every site passes tensors through meanwhile."""
-    states = [(site, site.state) for _, site in quantizers(model)]
-    try:
-        for site, _ in states:
-            site.state = State.OFF
-        yield
-    finally:
-        for site, state in states:
-            site.state = state
 
 
 def _graph_values(
