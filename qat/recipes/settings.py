@@ -6,14 +6,17 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import yaml
 
+from ..calibration.methods import METHODS
 from ..config import QuantConfig
 from ..errors import QATError
 from .data import LOADERS
 from .models import ARCHS
+
+Settings = TypeVar("Settings", bound="ClassifierSettings")
 
 
 def option(default: Any, text: str, *, choices: Sequence[str] | None = None, positive: bool = False) -> Any:
@@ -22,29 +25,38 @@ def option(default: Any, text: str, *, choices: Sequence[str] | None = None, pos
 
 
 @dataclass(frozen=True)
-class ResNetSettings:
-    """Settings of ``python -m qat.recipes.resnet``; the metadata of each field documents it."""
+class ClassifierSettings:
+    """Settings of a classification recipe, each of which has its defaults in a class that derives from this one.
 
-    arch: str = option("resnet20", "network; resnet20 is the one for small images (He et al. 2015, section 4.2)", choices=ARCHS)
-    small_stem: bool = option(False, "torchvision ResNets: 3x3 stem without pooling, for images up to 64 pixels")
+    The metadata of each field documents it.
+    """
+
+    # The module in qat.recipes.
+    recipe: ClassVar[str]
+
+    arch: str = option("resnet20", "network, see qat/recipes/models.py", choices=ARCHS)
+    small_stem: bool = option(False, "first convolution of stride 1, and no pooling behind it, for images up to 64 pixels")
+    pretrained: bool = option(False, "start from ImageNet weights, where an installed package holds some (efficientnet_lite0)")
     data: str = option("digits", "data set, see qat/recipes/data.py", choices=tuple(LOADERS))
     data_dir: str = option("data", "folder for downloads, caches, and the pictures of imagefolder")
     image_size: int | None = option(None, "height and width in pixels (default: usual for the data set)", positive=True)
     epochs: int = option(20, "epochs of float training", positive=True)
     qat_epochs: int = option(4, "epochs of fine-tuning, quantized and, for comparison, float", positive=True)
     batch_size: int = option(64, "images a step", positive=True)
-    lr: float = option(0.1, "peak learning rate of float training (SGD with momentum, warm-up, cosine)", positive=True)
+    optimizer: str = option("sgd", "SGD with Nesterov momentum 0.9, or AdamW", choices=("sgd", "adamw"))
+    lr: float = option(0.1, "peak learning rate of float training (warm-up, cosine)", positive=True)
     qat_lr: float = option(0.001, "initial learning rate of fine-tuning (cosine to 1 %%)", positive=True)
     weight_decay: float = option(5e-4, "weight decay of float training and fine-tuning")
     label_smoothing: float = option(0.0, "label smoothing of float training and fine-tuning")
-    calibration: str = option("mse", "calibration method", choices=("max", "percentile", "mse", "entropy"))
+    calibration: str = option("mse", "calibration method", choices=METHODS)
     calibration_images: int = option(512, "training images to calibrate with", positive=True)
+    compare: bool = option(False, "also PTQ by every other calibration method, and QAT with learned scales")
     weights: str | None = option(None, "start from this float checkpoint (a state dict) instead of training")
     seed: int = option(0, "seed of one run")
     seeds: tuple[int, ...] | None = option(None, "several runs, e.g. 0,1,2: mean and standard error over seeds")
     device: str = option("auto", "Lightning accelerator: auto, cpu, gpu, ...")
     precision: str = option("32-true", "Lightning precision of training, e.g. bf16-mixed")
-    out: str = option("runs/resnet", "folder for ONNX files, checkpoints, metrics.json and the picture")
+    out: str = option("runs/classifier", "folder for ONNX files, checkpoints, metrics.json and the picture")
     engine: bool = option(False, "also build TensorRT engines, and measure them if there is a GPU (extras: rtx or tensorrt)")
     engine_batch: int = option(32, "images a run that engines are tuned for and measured with", positive=True)
     results_row: str | None = option(None, "append a markdown row with the figures and the command to this file")
@@ -70,16 +82,16 @@ class ResNetSettings:
         return plain
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ResNetSettings:
+    def from_dict(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
         """Inverse of :meth:`to_dict`; missing keys keep their defaults.
 
         Raises:
             QATError: For an unknown key, a value of the wrong type or outside its limits.
         """
-        hints = get_type_hints(cls)
-        unknown = [key for key in values if key not in hints]
+        hints, known = get_type_hints(cls), [item.name for item in fields(cls)]
+        unknown = [key for key in values if key not in known]
         if unknown:
-            raise QATError(f"unknown setting {unknown[0]!r}; known settings: {', '.join(hints)}")
+            raise QATError(f"unknown setting {unknown[0]!r}; known settings: {', '.join(known)}")
         return cls(**{key: _typed(key, value, hints[key]) for key, value in values.items()})
 
 
@@ -103,17 +115,17 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """The command line of :class:`ResNetSettings`, every setting an option."""
-    parser = argparse.ArgumentParser(prog="python -m qat.recipes.resnet", description=description)
+def make_parser(kind: type[ClassifierSettings], description: str) -> argparse.ArgumentParser:
+    """The command line of ``kind``, every setting an option."""
+    parser = argparse.ArgumentParser(prog=f"python -m qat.recipes.{kind.recipe}", description=description)
     parser.add_argument(
         "--config",
         metavar="FILE",
         help="YAML file with any of the settings below (with underscores), and under the key 'quant' those of "
         "qat.QuantConfig; options on the command line win",
     )
-    hints = get_type_hints(ResNetSettings)
-    for item in fields(ResNetSettings):
+    hints = get_type_hints(kind)
+    for item in fields(kind):
         if item.name != "quant":
             parser.add_argument("--" + item.name.replace("_", "-"), **_argument(item, hints[item.name]))
     return parser
@@ -133,21 +145,21 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def parse(description: str, argv: Sequence[str] | None = None) -> ResNetSettings:
+def parse(kind: type[Settings], description: str, argv: Sequence[str] | None = None) -> Settings:
     """Settings from a command line and the YAML file that it names.
 
     Raises:
         QATError: For a file that is no YAML mapping, or an invalid setting.
     """
-    given = vars(make_parser(description).parse_args(argv))
+    given = vars(make_parser(kind, description).parse_args(argv))
     path = given.pop("config", None)
     from_file = read_yaml(path) if path else {}
     try:
         # By itself first, so that the file is blamed for what it says only.
-        ResNetSettings.from_dict(from_file)
+        kind.from_dict(from_file)
     except QATError as error:
         raise QATError(f"config={path!r}: {error}") from error
-    return ResNetSettings.from_dict({**from_file, **given})
+    return kind.from_dict({**from_file, **given})
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

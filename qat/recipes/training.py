@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..batchnorm import freeze_batch_norm
 from .data import ImageData
-from .settings import ResNetSettings
+from .settings import ClassifierSettings
 
 
 class Advance(Protocol):
@@ -45,10 +45,11 @@ def stage(console: Console, name: str, total: int) -> Iterator[Advance]:
 
 
 class Classifier(pl.LightningModule):
-    """Trains an image classifier by SGD with momentum and a cosine schedule.
+    """Trains an image classifier by SGD with momentum, or AdamW, and a cosine schedule.
 
     Args:
         model: Images ``(N, 3, H, W)`` to logits.
+        optimizer: ``"sgd"`` with Nesterov momentum 0.9, or ``"adamw"``.
         lr: Peak learning rate.
         weight_decay: Weight decay.
         label_smoothing: Label smoothing of the training loss.
@@ -57,10 +58,18 @@ class Classifier(pl.LightningModule):
     """
 
     def __init__(
-        self, model: nn.Module, *, lr: float, weight_decay: float = 0.0, label_smoothing: float = 0.0, warm_up: float = 0.0
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        optimizer: str = "sgd",
+        weight_decay: float = 0.0,
+        label_smoothing: float = 0.0,
+        warm_up: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
+        self.optimizer = optimizer
         self.lr = lr
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
@@ -82,8 +91,12 @@ class Classifier(pl.LightningModule):
         self.log("val_top1", correct, batch_size=len(labels), on_epoch=True)
 
     def configure_optimizers(self) -> Any:
-        """SGD with Nesterov momentum 0.9; the schedule moves every step."""
-        optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay)
+        """The optimizer, and a schedule that moves every step."""
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.weight_decay)
+        else:
+            optimizer = torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         if self.warm_up:
             schedule: Any = torch.optim.lr_scheduler.OneCycleLR(
@@ -117,7 +130,7 @@ class _Bar(Callback):
 def fit(
     classifier: Classifier,
     data: ImageData,
-    settings: ResNetSettings,
+    settings: ClassifierSettings,
     *,
     epochs: int,
     name: str,
@@ -150,18 +163,19 @@ def fit(
     return trainer
 
 
-def device_of(settings: ResNetSettings) -> torch.device:
+def device_of(settings: ClassifierSettings) -> torch.device:
     """Where calibration and evaluation in PyTorch run: on the accelerator, unless the settings say CPU."""
     if settings.device == "cpu" or not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def make_classifier(model: nn.Module, settings: ResNetSettings, *, fine_tune: bool) -> Classifier:
+def make_classifier(model: nn.Module, settings: ClassifierSettings, *, fine_tune: bool) -> Classifier:
     """``model`` with the schedule of float training or of fine-tuning."""
     return Classifier(
         model,
         lr=settings.qat_lr if fine_tune else settings.lr,
+        optimizer=settings.optimizer,
         weight_decay=settings.weight_decay,
         label_smoothing=settings.label_smoothing,
         warm_up=0.0 if fine_tune else 0.25,

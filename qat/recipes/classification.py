@@ -1,0 +1,364 @@
+"""The stages that the classification recipes share: from a float network to checked INT8 ONNX files and one table.
+
+Trains (or loads) a float model, calibrates it (PTQ), fine-tunes it quantized (QAT) and, for a fair comparison, trains the
+float model equally long; exports all of them, compares each file with PyTorch, and prints one table. Accuracies are those
+of the exported files, run by ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import pickle
+import platform
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import torchvision
+from lightning.pytorch.callbacks import Callback
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor, nn
+
+from .. import __version__
+from ..calibration import calibrate
+from ..calibration.methods import METHODS
+from ..callbacks import QATCallback
+from ..config import QuantConfig
+from ..errors import QATError
+from ..export import ParityReport, export_float, export_onnx, parity
+from ..preparation import prepare
+from .data import ImageData, load
+from .evaluation import accuracy, cpu_latency, open_session, predict_onnx, predict_torch
+from .models import build
+from .report import Result, append_row, draw, make_table, markdown_row, over_seeds, parity_table
+from .settings import ClassifierSettings, parse
+from .training import Classifier, FreezeBatchNorm, device_of, fit, make_classifier, stage
+
+LABELS = {
+    "float": "float",
+    "float_longer": "float trained equally long",
+    "ptq": "PTQ",
+    "qat": "QAT",
+    "qat_fused": "QAT, fused Adds",
+}
+# More rows with ``compare``.
+LEARNED = "qat_learned"
+PARITY_IMAGES = 64
+
+
+def main(kind: type[ClassifierSettings], description: str, argv: Sequence[str] | None = None) -> int:
+    """Run a recipe.
+
+    Args:
+        kind: Its settings.
+        description: What its help says.
+        argv: Command line; by default that of the process.
+
+    Returns:
+        0, or 1 when an exported file and PyTorch disagree about the class of an image, 2 for invalid settings.
+    """
+    command = shlex.join(["python", "-m", f"qat.recipes.{kind.recipe}", *(sys.argv[1:] if argv is None else argv)])
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    # Lightning tells about devices and worker counts at every fit.
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        settings = parse(kind, description.replace("``", ""), argv)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+            warnings.filterwarnings("ignore", ".*treespec", FutureWarning)
+            return run(settings, command, console)
+    except QATError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        return 2
+
+
+def run(settings: ClassifierSettings, command: str, console: Console) -> int:
+    """Run the recipe for every seed of ``settings``; returns 0 if every exported file agrees with PyTorch, else 1."""
+    data = load(settings.data, settings.data_dir, settings.image_size)
+    balanced = is_unbalanced(data)
+    seeds = settings.all_seeds()
+    runs: list[dict[str, Result]] = []
+    agreed = True
+    for seed in seeds:
+        out = Path(settings.out) / f"seed{seed}" if len(seeds) > 1 else Path(settings.out)
+        title = f"{settings.arch} on {data.name}, {data.image_size} px, seed {seed}, {data.sizes()['test']} test images"
+        metrics = finished(out / "metrics.json", settings, seed) if len(seeds) > 1 else None
+        if metrics is None:
+            metrics = {"command": command, "settings": settings.to_dict(), "seed": seed}
+            metrics.update(run_seed(settings, data, seed, out, console))
+            _write_json(out / "metrics.json", metrics)
+        else:
+            console.print(f"seed {seed}: taken from {out / 'metrics.json'}", highlight=False)
+        results = {key: Result(**figures) for key, figures in metrics["results"].items()}
+        draw(results, title, out / "results.png")
+        console.print(make_table(results, title, "± standard error of the test set", balanced=balanced))
+        runs.append(results)
+        agreed &= all(entry["top1_agreement"] == 1.0 for entry in metrics["parity"].values())
+    merged = over_seeds(runs)
+    if len(seeds) > 1:
+        title = f"{settings.arch} on {data.name}, {data.image_size} px, mean of {len(seeds)} seeds"
+        console.print(make_table(merged, title, "± standard error of the mean over seeds", balanced=balanced))
+        draw(merged, title, Path(settings.out) / "results.png")
+        summary = {"command": command, "seeds": list(seeds), "results": {key: asdict(r) for key, r in merged.items()}}
+        _write_json(Path(settings.out) / "metrics.json", summary)
+    if settings.results_row:
+        row = markdown_row(merged, settings, data.image_size, data.sizes()["test"], balanced, command)
+        append_row(Path(settings.results_row), row)
+    console.print(f"written to {settings.out}", highlight=False)
+    if not agreed:
+        console.print(
+            f"[red]PyTorch and ONNX Runtime disagree about some of {PARITY_IMAGES} images: see the parity "
+            "table. As many as PyTorch's own drift shows are images on the border of two classes[/red]"
+        )
+    return 0 if agreed else 1
+
+
+def finished(path: Path, settings: ClassifierSettings, seed: int) -> dict[str, Any] | None:
+    """What an earlier run of the same seed and settings measured, so that a series can go on where it stopped."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ignored = ("seed", "seeds", "out", "results_row")
+    ours, theirs = ({k: v for k, v in s.items() if k not in ignored} for s in (settings.to_dict(), found["settings"]))
+    return found if found["seed"] == seed and ours == theirs else None
+
+
+def run_seed(settings: ClassifierSettings, data: ImageData, seed: int, out: Path, console: Console) -> dict[str, Any]:
+    """Train, quantize, export, check and measure once; writes models into ``out``.
+
+    Returns:
+        What ``metrics.json`` holds: the rows of the table under ``results``, parity, data, versions.
+    """
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    models = train_all(settings, data, seed, out, console)
+    files, parities = export_all(models, data, out, console)
+    results, predicted = measure(files, data, settings, console)
+    engines = None
+    if settings.engine:
+        # Only here: TensorRT is an extra.
+        from . import engines as stage_of_engines
+
+        found, engine_title = stage_of_engines.engine_results(models, predicted, data, settings, out, console)
+        console.print(stage_of_engines.engine_table(found, engine_title, settings.engine_batch))
+        engines = stage_of_engines.to_dict(found, engine_title)
+    val = {name: _val_accuracy(model, data, settings) for name, model in models.items()}
+    return {
+        "results": {key: asdict(result) for key, result in results.items()},
+        "validation_top1": val,
+        "parity": parities,
+        **({} if engines is None else {"engines": engines}),
+        "data": {"name": data.name, "image_size": data.image_size, "sha256": data.sha256, **data.sizes()},
+        "versions": versions(),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def train_all(settings: ClassifierSettings, data: ImageData, seed: int, out: Path, console: Console) -> dict[str, nn.Module]:
+    """The float model, the same trained equally long as QAT, PTQ and QAT; on the CPU, in eval mode."""
+    torch.manual_seed(seed)
+    options = {"small_stem": settings.small_stem, "pretrained": settings.pretrained}
+    model = build(settings.arch, len(data.classes), image_size=data.image_size, **options)
+    if settings.weights is None:
+        base = make_classifier(model, settings, fine_tune=False)
+        fit(base, data, settings, epochs=settings.epochs, name="float training", console=console, seed=seed)
+    else:
+        load_weights(model, settings.weights)
+    model.cpu().eval()
+    torch.save(model.state_dict(), out / "float.pt")
+    calibration = data.calibration(settings.calibration_images, settings.batch_size)
+
+    ptq = copy.deepcopy(model).to(device_of(settings))
+    report = prepare(ptq, settings.quant, example_inputs=_images(data, 1).to(device_of(settings)))
+    console.print(report.summary(), highlight=False)
+    with stage(console, "calibration (PTQ)", len(calibration)) as advance:
+
+        def run_model(model: nn.Module) -> None:
+            for images, _ in calibration:
+                model(images.to(device_of(settings)))
+                advance()
+
+        calibrated = calibrate(ptq, run_model, method=settings.calibration, progress=False)
+
+    def fine_tune(name: str, callback: Callback, file: str) -> nn.Module:
+        tuned: Classifier = make_classifier(copy.deepcopy(model), settings, fine_tune=True)
+        # Lightning leaves training flags alone.
+        tuned.train()
+        options: dict[str, Any] = {"epochs": settings.qat_epochs, "name": name, "console": console, "seed": seed + 1}
+        fit(tuned, data, settings, callbacks=[callback], **options).save_checkpoint(out / file)
+        return tuned.model.cpu().eval()
+
+    def fine_tune_quantized(name: str, config: QuantConfig, file: str) -> nn.Module:
+        ranges = {"method": settings.calibration, "progress": False}
+        return fine_tune(name, QATCallback(config, calibration=ranges, calibration_data=calibration), file)
+
+    models = {
+        "float": model,
+        "float_longer": fine_tune("float, equally long", FreezeBatchNorm(), "float_longer.ckpt"),
+        "ptq": ptq.cpu().eval(),
+        "qat": fine_tune_quantized("quantized fine-tuning (QAT)", settings.quant, "qat.ckpt"),
+    }
+    if settings.compare:
+        for method in METHODS:
+            if method != settings.calibration:
+                calibrated.apply(method)
+                models[f"ptq_{method}"] = copy.deepcopy(ptq)
+        calibrated.apply(settings.calibration)
+        learned = replace(settings.quant, learn_scales=True)
+        models[LEARNED] = fine_tune_quantized("QAT with learned scales", learned, "qat_learned.ckpt")
+    return models
+
+
+def labels(settings: ClassifierSettings) -> dict[str, str]:
+    """The rows of the table, by key."""
+    if not settings.compare:
+        return dict(LABELS)
+    others = {f"ptq_{method}": f"PTQ, {method}" for method in METHODS if method != settings.calibration}
+    return {**LABELS, "ptq": f"PTQ, {settings.calibration}", **others, LEARNED: "QAT, learned scales"}
+
+
+def export_all(
+    models: Mapping[str, nn.Module], data: ImageData, out: Path, console: Console
+) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
+    """Write every model as ONNX and compare each file with PyTorch on ``PARITY_IMAGES`` test images.
+
+    Returns:
+        The files by row of the table, ``<row>_int8`` with int8 weights, and what the comparisons found.
+    """
+    images = _images(data, PARITY_IMAGES)
+    example = images[:2]
+    jobs: list[tuple[str, str, dict[str, Any]]] = [("float", "float", {}), ("float_longer", "float_longer", {})]
+    for name in models:
+        if not name.startswith("float"):
+            jobs += [(name, name, {}), (f"{name}_int8", name, {"int8_weights": True})]
+    jobs += [("qat_fused", "qat", {"fuse_adds": True}), ("qat_fused_int8", "qat", {"fuse_adds": True, "int8_weights": True})]
+    files: dict[str, Path] = {}
+    found: dict[str, dict[str, Any]] = {}
+    with stage(console, "export and parity", len(jobs)) as advance:
+        for key, name, options in jobs:
+            path = files[key] = out / f"{key.replace('_', '-')}.onnx"
+            if name.startswith("float"):
+                export_float(models[name], path, example)
+                found[key] = _float_parity(models[name], path, images)
+            else:
+                export_onnx(models[name], path, example, **options)
+                found[key] = parity_figures(parity(models[name], path, images, codes=True))
+            advance()
+    console.print(parity_table({files[key].name: figures for key, figures in found.items()}, len(images)))
+    return files, found
+
+
+def measure(
+    files: Mapping[str, Path], data: ImageData, settings: ClassifierSettings, console: Console
+) -> tuple[dict[str, Result], dict[str, NDArray[Any]]]:
+    """Accuracy on the test images, size and CPU latency of every row of the table; and the classes of the test images."""
+    batches = data.loader(data.test, 4 * settings.batch_size)
+    results, predicted, rows = {}, {}, labels(settings)
+    with stage(console, "accuracy and latency", len(rows) + 1) as advance:
+        latency = cpu_latency({key: files[key] for key in rows}, _images(data, 1).numpy())
+        advance()
+        for key, label in rows.items():
+            predicted[key], expected = predict_onnx(files[key], batches)
+            found = accuracy(predicted[key], expected)
+            small = files.get(f"{key}_int8")
+            results[key] = Result(
+                label,
+                found.top1,
+                found.stderr,
+                found.balanced,
+                files[key].stat().st_size,
+                None if small is None else small.stat().st_size,
+                latency[key],
+            )
+            advance()
+    return results, predicted
+
+
+def parity_figures(report: ParityReport) -> dict[str, Any]:
+    """What ``metrics.json`` keeps of a comparison: of the logits, and of the INT8 codes at all sites."""
+    (logits,) = report.outputs
+    return {
+        "top1_agreement": logits.onnx.top1,
+        "drift_top1_agreement": logits.drift.top1,
+        "max_abs": logits.onnx.max_abs,
+        "drift_max_abs": logits.drift.max_abs,
+        "codes_equal": report.codes_equal,
+        "drift_codes_equal": report.drift_codes_equal,
+        "within_drift": report.within_drift(),
+    }
+
+
+def _float_parity(model: nn.Module, path: Path, images: Tensor) -> dict[str, Any]:
+    session = open_session(path, as_written=True)
+    actual = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    with torch.no_grad():
+        expected = model(images).numpy()
+    agreement = float((actual.argmax(1) == expected.argmax(1)).mean())
+    return {"top1_agreement": agreement, "max_abs": float(np.abs(actual - expected).max())}
+
+
+def _val_accuracy(model: nn.Module, data: ImageData, settings: ClassifierSettings) -> float:
+    device = device_of(settings)
+    found = accuracy(*predict_torch(model.to(device), data.loader(data.val, 4 * settings.batch_size)))
+    model.cpu()
+    return found.top1
+
+
+def _images(data: ImageData, count: int) -> Tensor:
+    """The first ``count`` images of a fixed mixture of the test set, ``(count, 3, H, W)``."""
+    total = len(data.test)  # type: ignore[arg-type]
+    chosen = np.random.RandomState(0).permutation(total)[:count]
+    return torch.stack([data.test[int(i)][0] for i in chosen])
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a float state dict into ``model``; tensors only, so the file may come from anywhere.
+
+    Raises:
+        QATError: For a file that is no state dict of this network.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state.get("state_dict", state))
+    except pickle.UnpicklingError as error:
+        raise QATError(f"weights={path!r}: not a state dict, it holds other objects than tensors") from error
+    except (OSError, RuntimeError, AttributeError, TypeError, EOFError) as error:
+        raise QATError(f"weights={path!r}: not a state dict of this network: {error}") from error
+
+
+def is_unbalanced(data: ImageData) -> bool:
+    """Whether the largest class of the test set has more than 1.5 times the images of the smallest."""
+    counts = np.unique(data.test_labels, return_counts=True)[1]
+    return bool(counts.max() > 1.5 * counts.min())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    modules = (torch, torchvision, lightning, onnx, onnxruntime)
+    return {
+        "qat": __version__,
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in modules},
+        "machine": platform.machine(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
