@@ -80,9 +80,9 @@ class QuantConfig:
         activation_format: ``"int8"``.
         weight_granularity: ``"channel"``: one scale an output channel (axis 0); ``"tensor"``: one scale a weight.
         weight_range: ``"follow"``: the range is the maximum of the current weight; ``"frozen"``: as calibrated.
-        learn_scales: Train the ranges by the LSQ gradient, weights and activations. The parameter is ``amax``, which is
-            ``qmax`` times the scale: for the relative steps that a published learning rate gives a scale, give ``amax``
-            ``qmax`` times that rate with Adam and ``qmax ** 2`` times with SGD.
+        learn_scales: Train the ranges by the LSQ gradient, weights and activations. With SGD a learning rate moves the scale
+            as it does where the scale is the parameter. Adam, which moves whatever it trains by its rate, moves ``amax`` by
+            it: ``qmax`` times less than the scale itself.
         placement: ``"all"``: every layer but the head, and every residual Add. ``"fast"`` leaves in float what made
             TensorRT's engines slower when it was measured: Adds of which no quantized layer reads an operand or the sum, as
             in transformers that normalize before each layer, and the convolution that cuts an image into patches. A rule

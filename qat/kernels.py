@@ -43,7 +43,8 @@ def fake_quantize_range(
 
     Args:
         x: As there.
-        amax: ``>= 0``, float32. Scalar, or shape ``(x.shape[axis],)``.
+        amax: ``>= 0``, float32. Scalar, or shape ``(x.shape[axis],)``. If it is trained, with the gradient of
+            :func:`~qat.numerics.learned_scale`.
         axis: Channel dimension of a per-channel range.
         fmt: Number format.
         dtype: Of the result, if not that of ``x``. Without a gradient then.
@@ -52,7 +53,8 @@ def fake_quantize_range(
         y = numerics.traced_fake_quantize(x, amax, axis, fmt)
         return y if dtype is None else y.to(dtype)
     if amax.requires_grad or not runs_triton(x, amax):
-        y = fake_quantize(x, numerics.amax_to_scale(amax, fmt), axis=axis, fmt=fmt)
+        scale = numerics.learned_scale(amax, fmt) if amax.requires_grad else numerics.amax_to_scale(amax, fmt)
+        y = fake_quantize(x, scale, axis=axis, fmt=fmt)
         return y if dtype is None else y.to(dtype)
     check_scale(x, amax, axis)
     if dtype is not None:

@@ -16,7 +16,7 @@ from qat.config import QuantConfig
 from qat.errors import QATError
 from qat.nn import QuantConv2d, QuantLinear
 from qat.nn.layers import make_weight_quantizer, quant_class
-from qat.numerics import INT4, INT8, SCALE_MIN
+from qat.numerics import INT4, INT8, SCALE_MIN, fake_quantize
 from qat.quantizer import Quantizer, State, WeightQuantizer, is_prepared, quantizers
 
 X = torch.tensor([0.26, -0.9, 3.0])
@@ -176,14 +176,37 @@ def test_learned_range_is_a_parameter_of_the_same_shape_and_key():
     assert learned.amax.shape == plain.amax.shape == ()
 
 
-def test_learned_range_gets_the_lsq_gradient():
-    quantizer = site(1.27, learned=True)
+@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
+def test_sgd_moves_a_learned_range_as_it_moves_the_scale_of_lsq(fmt):
+    """LSQ's parameter is the scale: ``scale -= lr * slope / sqrt(N * qmax)`` (section 2.2)."""
+    scale, lr = 0.01, 1e-3
+    quantizer = site(fmt.qmax * scale, fmt=fmt, learned=True)
     x = torch.tensor([0.013, 0.026, 5.0])
     quantizer(x).sum().backward()
-    scale = 1.27 / 127
-    slope = (1 - 1.3) + (3 - 2.6) + 127
-    assert quantizer.amax.grad.item() == pytest.approx(slope / math.sqrt(3 * 127) / 127, rel=1e-4)
-    assert scale == pytest.approx(quantizer.scale.item())
+    torch.optim.SGD([quantizer.amax], lr).step()
+    slope = (1 - 1.3) + (3 - 2.6) + fmt.qmax
+    assert quantizer.scale.item() == pytest.approx(scale - lr * slope / math.sqrt(3 * fmt.qmax), rel=1e-5)
+
+
+def test_a_learned_range_below_the_floor_can_only_grow():
+    for direction, moves in ((1.0, False), (-1.0, True)):
+        quantizer = site(1.0, learned=True)
+        with torch.no_grad():
+            quantizer.amax.fill_(-0.5)
+        (direction * quantizer(torch.tensor([1.0]))).sum().backward()
+        assert (quantizer.amax.grad.item() < 0) == moves
+        assert quantizer.amax.grad.item() <= 0
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_learned_ranges_follow_published_steps_when_compiled_too(mode):
+    quantizer = site(1.27, learned=True)
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor(0.01, requires_grad=True)
+    fake_quantize(x, scale).square().sum().backward()
+    run = torch.compile(quantizer, fullgraph=True, backend="aot_eager") if mode == "compiled" else quantizer
+    run(x).square().sum().backward()
+    torch.testing.assert_close(quantizer.amax.grad, 127 * scale.grad, rtol=1e-5, atol=0)
 
 
 def test_learned_weight_range_gets_a_gradient_per_channel():
