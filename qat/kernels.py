@@ -43,7 +43,7 @@ def fake_quantize_range(
 
     Args:
         x: As there.
-        amax: ``>= 0``, float32. Scalar, or shape ``(x.shape[axis],)``. If it is trained, with the gradient of
+        amax: float32, its sign has no meaning. Scalar, or shape ``(x.shape[axis],)``. If it is trained, with the gradient of
             :func:`~qat.numerics.learned_scale`.
         axis: Channel dimension of a per-channel range.
         fmt: Number format.

@@ -47,10 +47,11 @@ FORMATS = {fmt.name: fmt for fmt in (INT8, INT4)}
 
 
 def amax_to_scale(amax: Tensor, fmt: Format = INT8) -> Tensor:
-    """``amax / qmax`` in float32, at least ``SCALE_MIN``.
+    """``abs(amax) / qmax`` in float32, at least ``SCALE_MIN``.
 
     Args:
-        amax: Any shape, ``amax >= 0``. Zero (a dead tensor or channel) gives ``SCALE_MIN``.
+        amax: Any shape. Zero (a dead tensor or channel) gives ``SCALE_MIN``. A step of training may carry a learned one beyond
+            zero: its sign has no meaning.
         fmt: Number format.
 
     Returns:
@@ -64,7 +65,7 @@ def amax_to_scale(amax: Tensor, fmt: Format = INT8) -> Tensor:
     wide = amax.to(torch.float32)
     if torch.compiler.is_compiling():
         return _traced_scale(wide, fmt)
-    return (wide / torch.full_like(wide, fmt.qmax)).clamp(min=SCALE_MIN)
+    return (wide.abs() / torch.full_like(wide, fmt.qmax)).clamp(min=SCALE_MIN)
 
 
 class _LearnedScale(torch.autograd.Function):
@@ -84,8 +85,10 @@ class _LearnedScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (amax,) = ctx.saved_tensors
-        moves = (amax >= ctx.fmt.qmax * SCALE_MIN) | (grad < 0)
-        return torch.where(moves, grad * ctx.fmt.qmax, 0), None, None
+        moves = (amax.abs() >= ctx.fmt.qmax * SCALE_MIN) | (grad < 0)
+        # The larger the magnitude, the larger the scale, on either side of zero.
+        outwards = torch.where(amax < 0, -grad, grad)
+        return torch.where(moves, outwards * ctx.fmt.qmax, 0), None, None
 
 
 def learned_scale(amax: Tensor, fmt: Format = INT8) -> Tensor:
@@ -329,7 +332,7 @@ def _traced_scale(amax: Tensor, fmt: Format) -> Tensor:
 
     A product with the reciprocal is as good (:func:`quotient`).
     """
-    return (amax.to(torch.float64) * (1.0 / fmt.qmax)).to(torch.float32).clamp(min=SCALE_MIN)
+    return (amax.to(torch.float64).abs() * (1.0 / fmt.qmax)).to(torch.float32).clamp(min=SCALE_MIN)
 
 
 def traced_fake_quantize(x: Tensor, amax: Tensor, axis: int | None, fmt: Format) -> Tensor:

@@ -100,11 +100,11 @@ class Quantizer(nn.Module):
     @property
     def has_range(self) -> bool:
         """Whether ``amax`` has been set. Reads the tensor: synchronises on CUDA."""
-        return bool((self.amax > 0).all())
+        return bool((self.amax.abs() > 0).all())
 
     @property
     def scale(self) -> Tensor:
-        """``amax / qmax``, float32, shape of ``amax``, at least ``SCALE_MIN``."""
+        """``abs(amax) / qmax``, float32, shape of ``amax``, at least ``SCALE_MIN``."""
         return amax_to_scale(self.amax, self.fmt)
 
     def set_range(self, amax: Tensor) -> None:
@@ -232,9 +232,9 @@ class Quantizer(nn.Module):
         if self.amax.is_meta:
             amax = "meta"
         elif self.amax.numel() == 1:
-            amax = f"{self.amax.item():.4g}"
+            amax = f"{self.amax.abs().item():.4g}"
         else:
-            amax = f"[{self.amax.min().item():.4g}, {self.amax.max().item():.4g}]"
+            amax = f"[{self.amax.abs().min().item():.4g}, {self.amax.abs().max().item():.4g}]"
         return f"{self.fmt}, {where}, amax={amax}{learned}, {self.state.value}"
 
 

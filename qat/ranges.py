@@ -180,4 +180,4 @@ def recorded_ranges(model: nn.Module) -> dict[str, Tensor]:
     for module in model.modules():
         if isinstance(module, QuantLayer | QuantAttention):
             module.refresh_weight_ranges()
-    return {path: site.amax.detach().clone() for path, site in quantizers(model)}
+    return {path: site.amax.detach().abs() for path, site in quantizers(model)}

@@ -56,7 +56,7 @@ def _scale(range_ptr, SCALE_MIN: tl.constexpr, QMAX: tl.constexpr):  # type: ign
     """``amax_to_scale`` of ranges, or the scales that were given, where ``SCALE_MIN`` is 0."""
     scale = tl.load(range_ptr)
     if SCALE_MIN > 0:
-        scale = tl.div_rn(scale, tl.zeros(scale.shape, tl.float32) + QMAX)
+        scale = tl.div_rn(tl.abs(scale), tl.zeros(scale.shape, tl.float32) + QMAX)
         scale = tl.maximum(scale, tl.zeros(scale.shape, tl.float32) + SCALE_MIN, propagate_nan=tl.PropagateNan.ALL)
     return scale
 

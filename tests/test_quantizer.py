@@ -188,14 +188,33 @@ def test_sgd_moves_a_learned_range_as_it_moves_the_scale_of_lsq(fmt):
     assert quantizer.scale.item() == pytest.approx(scale - lr * slope / math.sqrt(3 * fmt.qmax), rel=1e-5)
 
 
-def test_a_learned_range_below_the_floor_can_only_grow():
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_learned_range_below_the_floor_can_only_grow(sign):
     for direction, moves in ((1.0, False), (-1.0, True)):
         quantizer = site(1.0, learned=True)
         with torch.no_grad():
-            quantizer.amax.fill_(-0.5)
+            quantizer.amax.fill_(sign * 1e-9)
         (direction * quantizer(torch.tensor([1.0]))).sum().backward()
-        assert (quantizer.amax.grad.item() < 0) == moves
-        assert quantizer.amax.grad.item() <= 0
+        assert (quantizer.amax.grad.item() != 0) == moves
+        assert sign * quantizer.amax.grad.item() <= 0
+
+
+def test_a_step_beyond_zero_is_reflected():
+    """Gradient descent may carry a range past zero, where there is no scale: it goes on as the same magnitude."""
+    there, mirrored = site(1.27, learned=True), site(1.27, learned=True)
+    with torch.no_grad():
+        mirrored.amax.neg_()
+    x = torch.tensor([0.013, 0.026, 5.0])
+    assert torch.equal(there(x), mirrored(x))
+    assert torch.equal(there.scale, mirrored.scale)
+    there(x).sum().backward()
+    mirrored(x).sum().backward()
+    assert torch.equal(there.amax.grad, -mirrored.amax.grad)
+    mirrored.amax.requires_grad_(False)
+    assert torch.equal(there(x), mirrored(x))
+    again = Quantizer(learned=True)
+    again.load_state_dict(mirrored.state_dict())
+    assert torch.equal(there(x), again(x))
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])

@@ -1,7 +1,11 @@
 """The ResNet recipe: data, settings, training helpers, and one small run from end to end."""
 
+import copy
+import dataclasses
 import gzip
+import importlib.util
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,16 +14,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from filelock import FileLock
+from PIL import Image
 from rich.console import Console
 from torch import nn
 
 import qat
-from qat import QATError
-from qat.recipes import classification, efficientnet, mobilenet, report, resnet, vit
+from qat import QATCallback, QATError, QuantConfig, prepare
+from qat.quantizer import WeightQuantizer, quantizers
 from qat.recipes import data as recipe_data
+from qat.recipes import efficientnet, mobilenet, report, resnet, stamps, variants, vit
+from qat.recipes.classification import is_unbalanced
 from qat.recipes.data import Augment, load, read_idx, split_by_group
 from qat.recipes.evaluation import accuracy
-from qat.recipes.models import ARCHS, build, patch_size
+from qat.recipes.models import ARCHS, build, load_weights, patch_size
 from qat.recipes.resnet import ResNetSettings
 from qat.recipes.settings import ClassifierSettings, parse
 from qat.recipes.training import FreezeBatchNorm, fit, make_classifier
@@ -134,7 +142,7 @@ def test_elpv_loads_from_its_cache_alone(tmp_path):
     ]
     assert dict(found) == expected
     assert len(found) == 200
-    assert classification.is_unbalanced(loaded)
+    assert is_unbalanced(loaded)
 
 
 @pytest.mark.parametrize(
@@ -184,8 +192,6 @@ def test_bad_idx_file_is_refused(tmp_path, content):
 
 
 def test_folder_of_pictures_is_split_by_class(tmp_path):
-    from PIL import Image
-
     for part, count in (("train", 50), ("val", 2)):
         for label in ("cat", "dog"):
             (tmp_path / part / label).mkdir(parents=True)
@@ -337,9 +343,64 @@ def test_settings_survive_their_plain_form():
     assert ResNetSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
+def test_no_float_training_needs_weights():
+    with pytest.raises(QATError, match="epochs=0: must be positive, or 0 for a network with weights"):
+        ResNetSettings(epochs=0)
+    assert ResNetSettings(epochs=0, weights="file").epochs == 0
+
+
 def test_invalid_setting_ends_with_a_message(capsys):
     assert resnet.main(["--data", "elpv", "--data-dir", "/nonexistent/folder", "--image-size", "4"]) == 2
     assert "error: image_size=4" in capsys.readouterr().out
+
+
+# Pictures with ImageNet's classes
+
+
+def stamp(path, visible, color):
+    """A picture of 20 x 40 pixels that is opaque in the box ``visible``."""
+    pixels = np.zeros((20, 40, 4), np.uint8)
+    left, top, right, bottom = visible
+    pixels[top:bottom, left:right] = (*color, 255)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def test_stamps_stand_in_the_middle_of_a_white_square(tmp_path):
+    stamp(tmp_path / "a.png", (5, 5, 25, 15), (255, 0, 0))
+    with Image.open(tmp_path / "a.png") as picture:
+        found = np.asarray(stamps.on_white(picture))
+    assert found.shape == (24, 24, 3)
+    red = (found == (255, 0, 0)).all(2)
+    assert (red.sum(), red[7:17, 2:22].all()) == (200, True)
+    assert (found[~red] == 255).all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("foolbox") is None, reason="needs foolbox (pip install -e '.[stamps]')")
+def test_stamps_with_a_known_class_are_the_test_set(tmp_path):
+    for name in ("animals/bear", "animals/nobody_knows", "cartoon/bear"):
+        stamp(tmp_path / f"{name}.png", (0, 0, 40, 20), (0, 0, 255))
+    found = stamps.read_pictures(32, tmp_path)
+    assert found["images"].shape[1:] == (32, 32, 3)
+    assert found["accepted"][:3, :4].tolist() == [[294, 295, 296, 297], [-1] * 4, [-1] * 4]
+    assert (found["accepted"][3:23, 0] >= 0).all()
+    assert (found["accepted"][3:, 1:] == -1).all()
+
+
+def test_missing_stamps_are_named(tmp_path):
+    with pytest.raises(QATError, match=r"no .*/nothing\. Install Debian's tuxpaint-stamps-default"):
+        stamps.read_pictures(32, tmp_path / "nothing")
+
+
+def test_every_accepted_class_is_one_of_imagenet():
+    classes = stamps.accepted_classes()
+    assert classes["banana"] == [954]
+    assert all(found and set(found) <= set(range(1000)) for found in classes.values())
+
+
+def test_one_of_several_right_answers_counts(digits):
+    data = dataclasses.replace(digits, test_labels=np.array([3, 5]), accepted=np.array([[3, 7], [5, -1]]))
+    assert data.settled(np.array([7, 7])).tolist() == [3, 7]
 
 
 # Training and evaluation
@@ -384,7 +445,7 @@ def test_weights_file_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Evil()}, "weights.pt")
     with pytest.raises(QATError, match=r"weights='weights\.pt': not a state dict, it holds other objects"):
-        classification.load_weights(build("resnet20", 10), "weights.pt")
+        load_weights(build("resnet20", 10), "weights.pt")
     assert not Path("executed").exists()
 
 
@@ -392,15 +453,15 @@ def test_weights_file_cannot_run_code(tmp_path, monkeypatch):
 def test_other_weights_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(QATError, match="not a state dict of this network"):
-        classification.load_weights(build("resnet20", 10), str(tmp_path / "weights.pt"))
+        load_weights(build("resnet20", 10), str(tmp_path / "weights.pt"))
 
 
 # The report
 
 
 def results(top1):
-    keys = classification.LABELS
-    return {key: report.Result(label, top1, 0.1, top1 / 2, 4_000_000, 1_000_000, 2.0) for key, label in keys.items()}
+    keys = variants.LABELS
+    return {key: report.Result(label, top1, 0.1, top1 / 2, 0.99, 4_000_000, 1_000_000, 2.0) for key, label in keys.items()}
 
 
 def test_seeds_are_averaged_with_the_standard_error_of_the_mean():
@@ -416,26 +477,55 @@ def test_markdown_rows_fit_the_header(tmp_path):
     lines = (tmp_path / "RESULTS.md").read_text().splitlines()
     assert len(lines) == 4
     assert {line.count("|") for line in lines} == {13}
-    assert lines[2] == lines[3] == row
-    assert "50.00 ± 10.00 (balanced 25.00)" in row
+    assert lines[2] == lines[3]
+    cells = dict(zip(*([cell.strip() for cell in lines[i].split("|")[1:-1]] for i in (0, 2)), strict=True))
+    assert cells == row
+    assert cells["QAT"] == "50.00 ± 10.00 (balanced 25.00, as float 99.00)"
+
+
+def test_another_table_in_the_file_gets_its_own_header(tmp_path):
+    row = report.markdown_row(results(0.5), ResNetSettings(), 8, 539, True, "python -m x")
+    short = {"data": "digits", "command": "x"}
+    for each in (row, short, short, row):
+        report.append_row(tmp_path / "RESULTS.md", each)
+    lines = (tmp_path / "RESULTS.md").read_text().splitlines()
+    assert [line.count("|") for line in lines] == [13, 13, 13, 0, 3, 3, 3, 3, 0, 13, 13, 13]
+
+
+def test_a_model_without_a_file_has_no_size_in_the_table():
+    none = report.Result("W4A8", 0.5, 0.1, 0.5, 0.9, None, None, None)
+    table = report.make_table({"float": results(0.5)["float"], "qat": none}, "", "", balanced=False)
+    assert [list(column.cells)[1] for column in table.columns] == ["W4A8", "50.00 ± 10.00", "90.00", "-", "-", "-"]
 
 
 # The whole recipe
 
 
+def run_once(tmp_path_factory, name, arguments):
+    """Exit code and output folder of a run that the processes of pytest-xdist share; each would make its own otherwise."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    out, code = folder / "out", folder / "code"
+    with FileLock(f"{folder}.lock"):
+        if not code.exists():
+            out.mkdir(parents=True)
+            found = resnet.main([*arguments, "--device", "cpu", "--out", str(out)])
+            code.write_text(str(found))
+    return int(code.read_text()), out
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run that trains for an epoch: exit code and output folder."""
-    out = tmp_path_factory.mktemp("recipe") / "out"
-    arguments = ["--epochs", "2", "--qat-epochs", "1", "--device", "cpu", "--out", str(out)]
-    return resnet.main([*arguments, "--results-row", str(out / "RESULTS.md")]), out
+    results_row = tmp_path_factory.mktemp("row") / "RESULTS.md"
+    return run_once(tmp_path_factory, "finished", ["--epochs", "2", "--qat-epochs", "1", "--results-row", str(results_row)])
 
 
 def test_run_succeeds_and_writes_everything(finished):
     code, out = finished
     assert code == 0
     assert {path.name for path in out.iterdir()} == {
-        *("float.pt", "float_longer.ckpt", "qat.ckpt", "metrics.json", "results.png", "RESULTS.md"),
+        *("float.pt", "float_longer.ckpt", "qat.ckpt", "metrics.json", "results.png"),
         *("float.onnx", "float-longer.onnx", "ptq.onnx", "ptq-int8.onnx", "qat.onnx", "qat-int8.onnx"),
         *("qat-fused.onnx", "qat-fused-int8.onnx"),
     }
@@ -459,35 +549,79 @@ def test_metrics_say_how_to_repeat_the_run(finished, digits):
     assert ResNetSettings.from_dict(metrics["settings"]).epochs == 2
     assert metrics["data"]["sha256"] == digits.sha256
     assert metrics["versions"]["torch"] == torch.__version__
-    assert set(metrics["results"]) == set(classification.LABELS)
+    assert set(metrics["results"]) == set(variants.LABELS)
 
 
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    """A short run of a network with depthwise convolutions, by every method."""
-    out = tmp_path_factory.mktemp("compared") / "out"
-    arguments = ["--epochs", "1", "--qat-epochs", "1", "--device", "cpu", "--compare", "--out", str(out)]
-    mobilenet.main([*arguments, "--results-row", str(out / "RESULTS.md")])
-    return out
+COMPARED = {"epochs": 1, "qat_epochs": 1, "device": "cpu", "compare": True, "rounding_steps": 20, "calibration_images": 64}
 
 
-def test_comparison_has_every_method(compared):
-    found = json.loads((compared / "metrics.json").read_text())["results"]
-    others = {"ptq_max", "ptq_percentile", "ptq_entropy", "qat_learned"}
-    assert set(found) == {*classification.LABELS, *others}
-    assert {found[key]["label"] for key in ("ptq", "ptq_max", "qat_learned")} == {"PTQ, mse", "PTQ, max", "QAT, learned scales"}
-    header, _, row = (compared / "RESULTS.md").read_text().splitlines()
+def test_a_comparison_has_a_model_of_its_own_for_every_row(digits, tmp_path):
+    settings = mobilenet.MobileNetSettings(**COMPARED, teacher="float", qat_lr=0.01)
+    models = variants.train_all(settings, digits, 0, tmp_path, Console(quiet=True))
+    rows = variants.labels(settings)
+    assert set(models) == set(rows) - {"qat_fused"}
+    assert "float_longer" not in rows
+    assert len(set(rows.values())) == len(rows)
+    weights, ranges = {}, {}
+    for name, model in models.items():
+        assert not model.training
+        weights[name] = tuple(m.weight.detach().numpy().tobytes() for m in model.modules() if isinstance(m, nn.Conv2d))
+        sites = [site for _, site in quantizers(model) if not isinstance(site, WeightQuantizer)]
+        ranges[name] = tuple(site.amax.abs().item() for site in sites)
+    methods = {"ptq", "ptq_max", "ptq_percentile", "ptq_entropy", "qat_learned"}
+    assert len({ranges[name] for name in methods}) == len(methods)
+    changed = {"float", "ptq_equalized", "ptq_rounded", "ptq_equalized_rounded", "qat", "qat_learned"}
+    assert len({weights[name] for name in changed}) == len(changed)
+    assert weights["float"] == weights["ptq"] == weights["ptq_max"]
+
+
+@pytest.mark.slow
+def test_a_comparison_fills_a_row(tmp_path):
+    arguments = ["--compare", "--epochs", "1", "--qat-epochs", "1", "--device", "cpu", "--rounding-steps", "20"]
+    arguments += ["--calibration-images", "64"]
+    mobilenet.main([*arguments, "--out", str(tmp_path), "--results-row", str(tmp_path / "RESULTS.md")])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics["results"]) == set(variants.labels(mobilenet.MobileNetSettings(compare=True)))
+    assert metrics["validation"]["float"]["as_float"] == 1.0
+    header, _, row = (tmp_path / "RESULTS.md").read_text().splitlines()
     assert "QAT, learned scales" in header
     assert header.count("|") == row.count("|")
 
 
-def test_every_method_has_its_own_ranges(compared):
-    scales = set()
-    for name in ("ptq", "ptq-max", "ptq-percentile", "ptq-entropy", "qat-learned"):
-        tensors = onnx.load(compared / f"{name}.onnx").graph.initializer
-        scales.add(tuple(float(onnx.numpy_helper.to_array(t)) for t in tensors if t.name.endswith("scale") and not t.dims))
-    assert len(scales) == 5
-    assert all(len(each) > 10 for each in scales)
+def test_four_bit_weights_are_measured_in_pytorch(tmp_path, digits):
+    (tmp_path / "w4.yaml").write_text("quant: {weight_format: int4}")
+    arguments = ["--epochs", "1", "--qat-epochs", "1", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert resnet.main(["--config", str(tmp_path / "w4.yaml"), *arguments]) == 0
+    assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == {"float.onnx", "float-longer.onnx"}
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]
+    state = torch.load(tmp_path / "out" / "qat.ckpt", weights_only=True)["state_dict"]
+    model = build("resnet20", 10)
+    prepare(model, QuantConfig(weight_format="int4"))
+    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()})
+    model.eval()
+    images = torch.stack([digits.test[i][0] for i in range(len(digits.test))])
+    assert found["qat"]["top1"] == pytest.approx((model(images).argmax(1).numpy() == digits.test_labels).mean(), abs=0.003)
+    assert found["qat"]["file_bytes"] is found["qat"]["cpu_ms"] is None
+
+
+def test_without_labels_only_the_float_model_is_learned_from(digits):
+    """Other labels give the same model."""
+    states = []
+    for shift in (0, 1):
+        torch.manual_seed(0)
+        settings = ResNetSettings(device="cpu", batch_size=256, qat_lr=0.01, teacher="float")
+        images = copy.copy(digits.train)
+        images.labels = (images.labels + shift) % 10
+        tuned = make_classifier(build("resnet20", 10), settings, fine_tune=True, distill=True)
+        callback = QATCallback(
+            calibration={"progress": False}, calibration_data=digits.calibration(64, 64), distill_from="float"
+        )
+        options = {"epochs": 1, "name": "test", "console": Console(quiet=True), "seed": 0, "callbacks": [callback]}
+        before = tuned.model.conv1.weight.detach().clone()
+        fit(tuned, dataclasses.replace(digits, train=images), settings, **options)
+        assert not torch.equal(before, tuned.model.conv1.weight)
+        states.append(tuned.model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_int8_weights_are_smaller(finished):
@@ -507,7 +641,7 @@ def test_checkpoint_loads_into_a_prepared_model(finished, digits):
 
 def test_float_weights_can_start_another_run(finished):
     model = build("resnet20", 10)
-    classification.load_weights(model, str(finished[1] / "float.pt"))
+    load_weights(model, str(finished[1] / "float.pt"))
     assert torch.equal(model.fc.bias, torch.load(finished[1] / "float.pt", weights_only=True)["fc.bias"])
 
 
@@ -518,9 +652,8 @@ def test_float_weights_can_start_another_run(finished):
 def engines(finished, tmp_path_factory):
     """A run from the float weights of the other one that builds engines: exit code and output folder."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (pip install -e '.[rtx]')")
-    out = tmp_path_factory.mktemp("engines") / "out"
-    arguments = ["--weights", str(finished[1] / "float.pt"), "--qat-epochs", "1", "--device", "cpu", "--out", str(out)]
-    return resnet.main([*arguments, "--engine"]), out
+    arguments = ["--weights", str(finished[1] / "float.pt"), "--qat-epochs", "1", "--engine"]
+    return run_once(tmp_path_factory, "engines", arguments)
 
 
 def test_engines_cover_every_quantized_layer(engines):

@@ -91,7 +91,7 @@ def _layer_names(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _shaped(model: nn.Module, path: str, site: Quantizer) -> Tensor:
     """The range of a site in the rank of the weight that it belongs to."""
-    amax = site.amax.detach().clone()
+    amax = site.amax.detach().abs()
     if not isinstance(site, WeightQuantizer):
         return amax
     layer = model.get_submodule(path.rpartition(".")[0])

@@ -7,17 +7,15 @@ of the exported files, run by ONNX Runtime.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-import pickle
 import platform
 import shlex
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +25,22 @@ import onnx
 import onnxruntime
 import torch
 import torchvision
-from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
 from .. import __version__
-from ..calibration import calibrate
-from ..calibration.methods import METHODS
-from ..callbacks import QATCallback
-from ..config import QuantConfig
 from ..errors import QATError
 from ..export import ParityReport, export_float, export_onnx, parity
-from ..preparation import prepare
+from ..numerics import INT8
+from ..quantizer import quantizers
 from .data import ImageData, load
 from .evaluation import accuracy, cpu_latency, open_session, predict_onnx, predict_torch
-from .models import build
 from .report import Result, append_row, draw, make_table, markdown_row, over_seeds, parity_table
 from .settings import ClassifierSettings, parse
-from .training import Classifier, FreezeBatchNorm, device_of, fit, make_classifier, stage
+from .training import device_of, stage
+from .variants import labels, train_all
 
-LABELS = {
-    "float": "float",
-    "float_longer": "float trained equally long",
-    "ptq": "PTQ",
-    "qat": "QAT",
-    "qat_fused": "QAT, fused Adds",
-}
-# More rows with ``compare``.
-LEARNED = "qat_learned"
 PARITY_IMAGES = 64
 
 
@@ -148,7 +133,7 @@ def run_seed(settings: ClassifierSettings, data: ImageData, seed: int, out: Path
     out.mkdir(parents=True, exist_ok=True)
     models = train_all(settings, data, seed, out, console)
     files, parities = export_all(models, data, out, console)
-    results, predicted = measure(files, data, settings, console)
+    results, predicted = measure(models, files, data, settings, console)
     engines = None
     if settings.engine:
         # Only here: TensorRT is an extra.
@@ -157,10 +142,9 @@ def run_seed(settings: ClassifierSettings, data: ImageData, seed: int, out: Path
         found, engine_title = stage_of_engines.engine_results(models, predicted, data, settings, out, console)
         console.print(stage_of_engines.engine_table(found, engine_title, settings.engine_batch))
         engines = stage_of_engines.to_dict(found, engine_title)
-    val = {name: _val_accuracy(model, data, settings) for name, model in models.items()}
     return {
         "results": {key: asdict(result) for key, result in results.items()},
-        "validation_top1": val,
+        "validation": validate(models, data, settings),
         "parity": parities,
         **({} if engines is None else {"engines": engines}),
         "data": {"name": data.name, "image_size": data.image_size, "sha256": data.sha256, **data.sizes()},
@@ -169,84 +153,27 @@ def run_seed(settings: ClassifierSettings, data: ImageData, seed: int, out: Path
     }
 
 
-def train_all(settings: ClassifierSettings, data: ImageData, seed: int, out: Path, console: Console) -> dict[str, nn.Module]:
-    """The float model, the same trained equally long as QAT, PTQ and QAT; on the CPU, in eval mode."""
-    torch.manual_seed(seed)
-    options = {"small_stem": settings.small_stem, "pretrained": settings.pretrained}
-    model = build(settings.arch, len(data.classes), image_size=data.image_size, **options)
-    if settings.weights is None:
-        base = make_classifier(model, settings, fine_tune=False)
-        fit(base, data, settings, epochs=settings.epochs, name="float training", console=console, seed=seed)
-    else:
-        load_weights(model, settings.weights)
-    model.cpu().eval()
-    torch.save(model.state_dict(), out / "float.pt")
-    calibration = data.calibration(settings.calibration_images, settings.batch_size)
-
-    ptq = copy.deepcopy(model).to(device_of(settings))
-    report = prepare(ptq, settings.quant, example_inputs=_images(data, 1).to(device_of(settings)))
-    console.print(report.summary(), highlight=False)
-    with stage(console, "calibration (PTQ)", len(calibration)) as advance:
-
-        def run_model(model: nn.Module) -> None:
-            for images, _ in calibration:
-                model(images.to(device_of(settings)))
-                advance()
-
-        calibrated = calibrate(ptq, run_model, method=settings.calibration, progress=False)
-
-    def fine_tune(name: str, callback: Callback, file: str) -> nn.Module:
-        tuned: Classifier = make_classifier(copy.deepcopy(model), settings, fine_tune=True)
-        # Lightning leaves training flags alone.
-        tuned.train()
-        options: dict[str, Any] = {"epochs": settings.qat_epochs, "name": name, "console": console, "seed": seed + 1}
-        fit(tuned, data, settings, callbacks=[callback], **options).save_checkpoint(out / file)
-        return tuned.model.cpu().eval()
-
-    def fine_tune_quantized(name: str, config: QuantConfig, file: str) -> nn.Module:
-        ranges = {"method": settings.calibration, "progress": False}
-        return fine_tune(name, QATCallback(config, calibration=ranges, calibration_data=calibration), file)
-
-    models = {
-        "float": model,
-        "float_longer": fine_tune("float, equally long", FreezeBatchNorm(), "float_longer.ckpt"),
-        "ptq": ptq.cpu().eval(),
-        "qat": fine_tune_quantized("quantized fine-tuning (QAT)", settings.quant, "qat.ckpt"),
-    }
-    if settings.compare:
-        for method in METHODS:
-            if method != settings.calibration:
-                calibrated.apply(method)
-                models[f"ptq_{method}"] = copy.deepcopy(ptq)
-        calibrated.apply(settings.calibration)
-        learned = replace(settings.quant, learn_scales=True)
-        models[LEARNED] = fine_tune_quantized("QAT with learned scales", learned, "qat_learned.ckpt")
-    return models
-
-
-def labels(settings: ClassifierSettings) -> dict[str, str]:
-    """The rows of the table, by key."""
-    if not settings.compare:
-        return dict(LABELS)
-    others = {f"ptq_{method}": f"PTQ, {method}" for method in METHODS if method != settings.calibration}
-    return {**LABELS, "ptq": f"PTQ, {settings.calibration}", **others, LEARNED: "QAT, learned scales"}
-
-
 def export_all(
     models: Mapping[str, nn.Module], data: ImageData, out: Path, console: Console
 ) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
     """Write every model as ONNX and compare each file with PyTorch on ``PARITY_IMAGES`` test images.
+
+    Models with weights of other formats than INT8 have no ONNX file: TensorRT multiplies INT8 by INT8.
 
     Returns:
         The files by row of the table, ``<row>_int8`` with int8 weights, and what the comparisons found.
     """
     images = _images(data, PARITY_IMAGES)
     example = images[:2]
-    jobs: list[tuple[str, str, dict[str, Any]]] = [("float", "float", {}), ("float_longer", "float_longer", {})]
-    for name in models:
-        if not name.startswith("float"):
-            jobs += [(name, name, {}), (f"{name}_int8", name, {"int8_weights": True})]
-    jobs += [("qat_fused", "qat", {"fuse_adds": True}), ("qat_fused_int8", "qat", {"fuse_adds": True, "int8_weights": True})]
+    jobs: list[tuple[str, str, dict[str, Any]]] = []
+    for name, model in models.items():
+        if all(site.fmt == INT8 for _, site in quantizers(model)):
+            jobs.append((name, name, {}))
+            if name in ("ptq", "qat"):
+                jobs.append((f"{name}_int8", name, {"int8_weights": True}))
+    if ("qat", "qat", {}) in jobs:
+        fused = {"fuse_adds": True}
+        jobs += [("qat_fused", "qat", fused), ("qat_fused_int8", "qat", {**fused, "int8_weights": True})]
     files: dict[str, Path] = {}
     found: dict[str, dict[str, Any]] = {}
     with stage(console, "export and parity", len(jobs)) as advance:
@@ -264,26 +191,32 @@ def export_all(
 
 
 def measure(
-    files: Mapping[str, Path], data: ImageData, settings: ClassifierSettings, console: Console
+    models: Mapping[str, nn.Module],
+    files: Mapping[str, Path],
+    data: ImageData,
+    settings: ClassifierSettings,
+    console: Console,
 ) -> tuple[dict[str, Result], dict[str, NDArray[Any]]]:
     """Accuracy on the test images, size and CPU latency of every row of the table; and the classes of the test images."""
     batches = data.loader(data.test, 4 * settings.batch_size)
-    results, predicted, rows = {}, {}, labels(settings)
+    rows = {key: label for key, label in labels(settings).items() if key in models or key in files}
+    results, predicted = {}, {}
     with stage(console, "accuracy and latency", len(rows) + 1) as advance:
-        latency = cpu_latency({key: files[key] for key in rows}, _images(data, 1).numpy())
+        latency = cpu_latency({key: files[key] for key in rows if key in files}, _images(data, 1).numpy())
         advance()
         for key, label in rows.items():
-            predicted[key], expected = predict_onnx(files[key], batches)
-            found = accuracy(predicted[key], expected)
-            small = files.get(f"{key}_int8")
+            found = predict_onnx(files[key], batches) if key in files else predict_torch(models[key], batches)
+            predicted[key] = data.settled(found[0])
+            hits, small = accuracy(predicted[key], found[1]), files.get(f"{key}_int8")
             results[key] = Result(
                 label,
-                found.top1,
-                found.stderr,
-                found.balanced,
-                files[key].stat().st_size,
+                hits.top1,
+                hits.stderr,
+                hits.balanced,
+                float((predicted[key] == predicted["float"]).mean()),
+                None if key not in files else files[key].stat().st_size,
                 None if small is None else small.stat().st_size,
-                latency[key],
+                latency.get(key),
             )
             advance()
     return results, predicted
@@ -312,11 +245,20 @@ def _float_parity(model: nn.Module, path: Path, images: Tensor) -> dict[str, Any
     return {"top1_agreement": agreement, "max_abs": float(np.abs(actual - expected).max())}
 
 
-def _val_accuracy(model: nn.Module, data: ImageData, settings: ClassifierSettings) -> float:
-    device = device_of(settings)
-    found = accuracy(*predict_torch(model.to(device), data.loader(data.val, 4 * settings.batch_size)))
-    model.cpu()
-    return found.top1
+def validate(models: Mapping[str, nn.Module], data: ImageData, settings: ClassifierSettings) -> dict[str, dict[str, float]]:
+    """Share of the validation images that each model classifies right, where they have labels, and as the float one does."""
+    device, found = device_of(settings), {}
+    for name, model in models.items():
+        found[name] = predict_torch(model.to(device), data.loader(data.val, 4 * settings.batch_size))
+        model.cpu()
+    reference, labels_ = found["float"]
+    return {
+        name: {
+            **({"top1": accuracy(predicted, labels_).top1} if (labels_ >= 0).all() else {}),
+            "as_float": float((predicted == reference).mean()),
+        }
+        for name, (predicted, _) in found.items()
+    }
 
 
 def _images(data: ImageData, count: int) -> Tensor:
@@ -329,21 +271,6 @@ def _images(data: ImageData, count: int) -> Tensor:
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def load_weights(model: nn.Module, path: str) -> None:
-    """Load a float state dict into ``model``; tensors only, so the file may come from anywhere.
-
-    Raises:
-        QATError: For a file that is no state dict of this network.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.get("state_dict", state))
-    except pickle.UnpicklingError as error:
-        raise QATError(f"weights={path!r}: not a state dict, it holds other objects than tensors") from error
-    except (OSError, RuntimeError, AttributeError, TypeError, EOFError) as error:
-        raise QATError(f"weights={path!r}: not a state dict of this network: {error}") from error
 
 
 def is_unbalanced(data: ImageData) -> bool:

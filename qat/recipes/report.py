@@ -26,18 +26,20 @@ class Result:
         top1: Accuracy in ``[0, 1]``; with several seeds the mean.
         stderr: Of the test set, or over seeds if there are several.
         balanced: Mean recall over classes.
-        file_bytes: Size of the ONNX file.
+        as_float: Share of the test images that get the class which the float model gives them.
+        file_bytes: Size of the ONNX file, if there is one.
         int8_weights_bytes: Size of the file with int8 weights, if there is one.
-        cpu_ms: Median latency of one image.
+        cpu_ms: Median latency of one image, if there is a file.
     """
 
     label: str
     top1: float
     stderr: float
     balanced: float
-    file_bytes: int
+    as_float: float
+    file_bytes: int | None
     int8_weights_bytes: int | None
-    cpu_ms: float
+    cpu_ms: float | None
 
 
 def over_seeds(runs: Sequence[Mapping[str, Result]]) -> dict[str, Result]:
@@ -53,9 +55,10 @@ def over_seeds(runs: Sequence[Mapping[str, Result]]) -> dict[str, Result]:
             mean(top1),
             stdev(top1) / sqrt(len(top1)),
             mean(r.balanced for r in results),
+            mean(r.as_float for r in results),
             first.file_bytes,
             first.int8_weights_bytes,
-            mean(r.cpu_ms for r in results),
+            None if first.cpu_ms is None else mean(r.cpu_ms for r in results if r.cpu_ms is not None),
         )
     return merged
 
@@ -71,12 +74,12 @@ def make_table(results: Mapping[str, Result], title: str, caption: str, *, balan
     """
     table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     table.add_column("model")
-    for column in ("top-1 %", *(["balanced %"] if balanced else []), "ONNX MB", "int8 weights MB", "CPU ms"):
+    shown = ("top-1 %", *(["balanced %"] if balanced else []), "as float %", "ONNX MB", "int8 weights MB", "CPU ms")
+    for column in shown:
         table.add_column(column, justify="right")
     for r in results.values():
-        small = "-" if r.int8_weights_bytes is None else _megabytes(r.int8_weights_bytes)
-        cells = [r.label, _percent(r), *([f"{100 * r.balanced:.2f}"] if balanced else [])]
-        table.add_row(*cells, _megabytes(r.file_bytes), small, f"{r.cpu_ms:.2f}")
+        cells = [r.label, _percent(r), *([f"{100 * r.balanced:.2f}"] if balanced else []), f"{100 * r.as_float:.2f}"]
+        table.add_row(*cells, _megabytes(r.file_bytes), _megabytes(r.int8_weights_bytes), _milliseconds(r.cpu_ms))
     return table
 
 
@@ -104,8 +107,12 @@ def _percent(result: Result) -> str:
     return f"{100 * result.top1:.2f} ± {100 * result.stderr:.2f}"
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f}"
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.2f}"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def draw(results: Mapping[str, Result], title: str, path: Path) -> None:
@@ -122,7 +129,7 @@ def draw(results: Mapping[str, Result], title: str, path: Path) -> None:
     rows = list(results.values())[::-1]
     labels = [r.label for r in rows]
     colors = ["#999999" if key.startswith("float") else "#2b7bba" for key in reversed(list(results))]
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 1.6 + 0.36 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     top1, size, latency = figure.subplots(1, 3, sharey=True)
     figure.suptitle(title)
@@ -130,9 +137,9 @@ def draw(results: Mapping[str, Result], title: str, path: Path) -> None:
     top1.errorbar(accuracies, labels, xerr=[100 * r.stderr for r in rows], fmt="none", ecolor="black", capsize=4, zorder=1)
     top1.scatter(accuracies, labels, c=colors, s=60, zorder=2)
     top1.set_xlabel("top-1 accuracy, % (bar: standard error)")
-    size.barh(labels, [(r.int8_weights_bytes or r.file_bytes) / 1e6 for r in rows], color=colors)
+    size.barh(labels, [(r.int8_weights_bytes or r.file_bytes or 0) / 1e6 for r in rows], color=colors)
     size.set_xlabel("ONNX file, MB (quantized: int8 weights)")
-    latency.barh(labels, [r.cpu_ms for r in rows], color=colors)
+    latency.barh(labels, [r.cpu_ms or 0.0 for r in rows], color=colors)
     latency.set_xlabel("CPU latency of one image, ms")
     figure.savefig(path, dpi=120)
 
@@ -143,18 +150,19 @@ def markdown_row(
     """One row for a collection of results, with the command that made it; by column."""
 
     def cell(result: Result) -> str:
-        return _percent(result) + (f" (balanced {100 * result.balanced:.2f})" if balanced else "")
+        more = [f"balanced {100 * result.balanced:.2f}"] if balanced else []
+        return f"{_percent(result)} ({', '.join([*more, f'as float {100 * result.as_float:.2f}'])})"
 
-    small = results["qat"].int8_weights_bytes
     return {
         "data": f"{settings.data}, {image_size} px",
         "network": settings.arch,
         "seeds": " ".join(map(str, settings.all_seeds())),
         "test images": str(test_images),
         **{result.label: cell(result) for result in results.values()},
-        "ONNX MB float / QAT int8 weights": f"{_megabytes(results['float'].file_bytes)} / "
-        + ("-" if small is None else _megabytes(small)),
-        "CPU ms float / QAT": f"{results['float'].cpu_ms:.2f} / {results['qat'].cpu_ms:.2f}",
+        "ONNX MB float / QAT int8 weights": " / ".join(
+            [_megabytes(results["float"].file_bytes), _megabytes(results["qat"].int8_weights_bytes)]
+        ),
+        "CPU ms float / QAT": " / ".join(_milliseconds(results[key].cpu_ms) for key in ("float", "qat")),
         "command": f"`{command}`",
     }
 

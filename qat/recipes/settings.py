@@ -40,7 +40,7 @@ class ClassifierSettings:
     data: str = option("digits", "data set, see qat/recipes/data.py", choices=tuple(LOADERS))
     data_dir: str = option("data", "folder for downloads, caches, and the pictures of imagefolder")
     image_size: int | None = option(None, "height and width in pixels (default: usual for the data set)", positive=True)
-    epochs: int = option(20, "epochs of float training", positive=True)
+    epochs: int = option(20, "epochs of float training; 0 takes the network as it is (with --pretrained)")
     qat_epochs: int = option(4, "epochs of fine-tuning, quantized and, for comparison, float", positive=True)
     batch_size: int = option(64, "images a step", positive=True)
     optimizer: str = option("sgd", "SGD with Nesterov momentum 0.9, or AdamW", choices=("sgd", "adamw"))
@@ -50,7 +50,15 @@ class ClassifierSettings:
     label_smoothing: float = option(0.0, "label smoothing of float training and fine-tuning")
     calibration: str = option("mse", "calibration method", choices=METHODS)
     calibration_images: int = option(512, "training images to calibrate with", positive=True)
-    compare: bool = option(False, "also PTQ by every other calibration method, and QAT with learned scales")
+    teacher: str = option(
+        "labels",
+        "what quantized fine-tuning learns from: labels, the float model's outputs (no labels are needed), or both",
+        choices=("labels", "float", "both"),
+    )
+    compare: bool = option(
+        False, "also PTQ by every other calibration method, equalized, with learned rounding; and QAT with learned scales"
+    )
+    rounding_steps: int = option(1000, "steps of learned rounding for each layer", positive=True)
     weights: str | None = option(None, "start from this float checkpoint (a state dict) instead of training")
     seed: int = option(0, "seed of one run")
     seeds: tuple[int, ...] | None = option(None, "several runs, e.g. 0,1,2: mean and standard error over seeds")
@@ -69,6 +77,8 @@ class ClassifierSettings:
                 raise QATError(f"{item.name}={value!r}: choose one of {', '.join(choices)}")
             if item.metadata.get("positive") and value is not None and not value > 0:
                 raise QATError(f"{item.name}={value!r}: must be positive")
+        if self.epochs < 0 or (self.epochs == 0 and not self.pretrained and self.weights is None):
+            raise QATError(f"epochs={self.epochs!r}: must be positive, or 0 for a network with weights")
 
     def all_seeds(self) -> tuple[int, ...]:
         """The seeds to run."""

@@ -53,6 +53,7 @@ class Classifier(pl.LightningModule):
         lr: Peak learning rate.
         weight_decay: Weight decay.
         label_smoothing: Label smoothing of the training loss.
+        distill: Learn nothing from the labels: a callback adds the distance to a teacher.
         warm_up: Share of the steps in which the learning rate rises from 4 % of its peak; 0 starts at the peak. It ends
             at 1 % of the peak after fine-tuning (without a warm-up), near zero otherwise.
     """
@@ -65,6 +66,7 @@ class Classifier(pl.LightningModule):
         optimizer: str = "sgd",
         weight_decay: float = 0.0,
         label_smoothing: float = 0.0,
+        distill: bool = False,
         warm_up: float = 0.0,
     ) -> None:
         super().__init__()
@@ -73,6 +75,7 @@ class Classifier(pl.LightningModule):
         self.lr = lr
         self.weight_decay = weight_decay
         self.label_smoothing = label_smoothing
+        self.distill = distill
         self.warm_up = warm_up
 
     def forward(self, images: Tensor) -> Tensor:
@@ -80,15 +83,19 @@ class Classifier(pl.LightningModule):
         return self.model(images)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy."""
+        """Cross entropy; zero, but with a gradient, where only a teacher is to be learned from."""
         images, labels = batch
-        return F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        logits = self(images)
+        if self.distill:
+            return 0.0 * logits.sum()
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Top-1 accuracy."""
+        """Top-1 accuracy, where there are labels."""
         images, labels = batch
-        correct = (self(images).argmax(1) == labels).float().mean()
-        self.log("val_top1", correct, batch_size=len(labels), on_epoch=True)
+        if bool((labels >= 0).all()):
+            correct = (self(images).argmax(1) == labels).float().mean()
+            self.log("val_top1", correct, batch_size=len(labels), on_epoch=True)
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and a schedule that moves every step."""
@@ -124,7 +131,8 @@ class _Bar(Callback):
         self.advance()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.advance(0, f"validation top-1 {100 * float(trainer.callback_metrics['val_top1']):.2f} %")
+        if "val_top1" in trainer.callback_metrics:
+            self.advance(0, f"validation top-1 {100 * float(trainer.callback_metrics['val_top1']):.2f} %")
 
 
 def fit(
@@ -170,13 +178,14 @@ def device_of(settings: ClassifierSettings) -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def make_classifier(model: nn.Module, settings: ClassifierSettings, *, fine_tune: bool) -> Classifier:
-    """``model`` with the schedule of float training or of fine-tuning."""
+def make_classifier(model: nn.Module, settings: ClassifierSettings, *, fine_tune: bool, distill: bool = False) -> Classifier:
+    """``model`` with the schedule of float training or of fine-tuning, that by a teacher alone with ``distill``."""
     return Classifier(
         model,
         lr=settings.qat_lr if fine_tune else settings.lr,
         optimizer=settings.optimizer,
         weight_decay=settings.weight_decay,
         label_smoothing=settings.label_smoothing,
+        distill=distill,
         warm_up=0.0 if fine_tune else 0.25,
     )

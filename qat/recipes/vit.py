@@ -27,7 +27,7 @@ class ViTSettings(ClassifierSettings):
     recipe: ClassVar[str] = "vit"
 
     arch: str = option("vit_small", "network; vit_small is the one for small images", choices=TRANSFORMERS)
-    epochs: int = option(60, "epochs of float training", positive=True)
+    epochs: int = option(60, "epochs of float training; 0 takes the network as it is (with --pretrained)")
     optimizer: str = option("adamw", "SGD with Nesterov momentum 0.9, or AdamW", choices=("sgd", "adamw"))
     lr: float = option(0.001, "peak learning rate of float training (warm-up, cosine)", positive=True)
     qat_lr: float = option(1e-5, "initial learning rate of fine-tuning (cosine to 1 %%)", positive=True)
