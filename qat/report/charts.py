@@ -48,7 +48,8 @@ def error_chart(errors: LayerErrors) -> Figure:
                 "y": [finite(layers[i].sqnr) for i in chosen],
                 "marker": {"color": COLORS.get(kind, COLORS["other"])},
                 "customdata": [[names[i], number(layers[i].sqnr, ".1f"), number(layers[i].cosine, ".5f")] for i in chosen],
-                "hovertemplate": "<b>%{customdata[0]}</b><br>alone: %{customdata[1]} dB, cosine %{customdata[2]}<extra></extra>",
+                "hovertemplate": "<b>%{customdata[0]}</b><br>alone: %{customdata[1]} dB, "
+                "cosine %{customdata[2]}<extra></extra>",
             }
         )
     points = {
@@ -164,7 +165,6 @@ def activation_data(found: Ranges) -> list[dict[str, Any]]:
         width, counts = activation_bins(found.histograms[site.path])
         data.append(
             {
-                "name": escaped(site.path),
                 "start": 0.0,
                 "width": width,
                 "counts": counts,
@@ -185,7 +185,6 @@ def weight_data(weights: Sequence[WeightRange]) -> list[dict[str, Any]]:
         end = max(weight.limit, weight.largest)
         data.append(
             {
-                "name": escaped(weight.path),
                 "start": -weight.limit,
                 "width": 2 * weight.limit / BINS,
                 "counts": list(weight.counts),
@@ -215,25 +214,34 @@ def finite(value: float) -> float | None:
 
 def _named_axis(positions: list[int], names: Sequence[str], *, longest: int = _LONGEST_NAME) -> dict[str, Any]:
     """An axis with a name at each position, as long as there is room for them."""
+    ends = [-0.8, len(names) - 0.2]
     if len(names) > _MOST_NAMES:
-        return {"showticklabels": False, "ticks": ""}
+        return {"showticklabels": False, "ticks": "", "ticklen": 0, "showgrid": False, "zeroline": False, "range": ends}
     # The end of a path tells more than its start.
     texts = [name if len(name) <= longest else "…" + name[1 - longest :] for name in names]
-    return {"tickvals": positions, "ticktext": [escaped(text) for text in texts], "tickangle": -60}
+    # Upright names need the least room.
+    angle, size = (-90, 10) if len(names) > 40 else (-60, 11)
+    shown = {"tickvals": positions, "ticktext": [escaped(text) for text in texts], "showgrid": False, "zeroline": False}
+    return {**shown, "tickangle": angle, "tickfont": {"size": size}, "range": ends}
 
 
 def _figure(data: list[Any], x: dict[str, Any], y: dict[str, Any], *, height: int, legend: bool = True, **more: Any) -> Figure:
     def axis(given: dict[str, Any]) -> dict[str, Any]:
         title = {"text": given.get("title", ""), "standoff": 12}
-        base = {"gridcolor": _GRID, "zerolinecolor": "#b8c2cc", "automargin": True, "tickfont": {"size": 11}}
+        base = {"gridcolor": _GRID, "zerolinecolor": "#b8c2cc", "automargin": True}
+        base |= {"tickfont": {"size": 11}, "ticks": "outside", "ticklen": 5, "tickcolor": "#b8c2cc"}
         return {**base, **given, "title": title}
 
     layout = {
         "height": height,
-        "margin": {"l": 60, "r": 20, "t": 36 if legend else 16, "b": 50},
+        "margin": {"l": 60, "r": 20, "t": 36, "b": 50},
         "paper_bgcolor": "#ffffff",
         "plot_bgcolor": "#ffffff",
-        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", "size": 12, "color": _INK},
+        "font": {
+            "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif",
+            "size": 12,
+            "color": _INK,
+        },
         "hoverlabel": {"bgcolor": "#ffffff", "bordercolor": "#b8c2cc", "font": {"color": _INK}, "align": "left"},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "showlegend": legend,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from .. import analysis
 from ..analysis import Changes, ClipRates, LayerErrors, Ranges, Sensitivity
 from ..analysis.layers import each_batch
 from ..inputs import tensors
+from ..quantizer import quantizers
 from .blocks import Structure, structure
 from .flow import record_calls
 from .weights import WeightRange, weight_ranges
@@ -79,6 +80,13 @@ def look_at(
     blocks = timed("structure", structure(model, record_calls(model, batches[0])))
     changes = None
     if baseline_state is not None:
-        changes = timed("comparison", analysis.compare(baseline_state, model.state_dict()))
+        changes = timed("comparison", _distinct(model, analysis.compare(baseline_state, model.state_dict())))
     samples = sum(len(found[0]) for batch in batches if (found := tensors(batch)) and found[0].ndim)
     return Findings(errors, sensitivity, ranges, clipped, weights, changes, blocks, samples, seconds)
+
+
+def _distinct(model: nn.Module, changes: Changes) -> Changes:
+    """Each range once: a state dict holds that of a shared quantizer under every path."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    paths = {path for path, _ in quantizers(inner)}
+    return replace(changes, ranges=tuple(moved for moved in changes.ranges if moved.path in paths))

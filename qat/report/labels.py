@@ -58,7 +58,15 @@ _FUNCTIONS = {
     "linear": "Linear",
 }
 # How operators reach PyTorch, as they are or in place.
-_JOINS = {"add": "Add", "radd": "Add", "iadd": "Add", "mul": "Multiply", "rmul": "Multiply", "imul": "Multiply", "sub": "Subtract"}
+_JOINS = {
+    "add": "Add",
+    "radd": "Add",
+    "iadd": "Add",
+    "mul": "Multiply",
+    "rmul": "Multiply",
+    "imul": "Multiply",
+    "sub": "Subtract",
+}
 _JOINS |= {"cat": "Concat", "concat": "Concat", "stack": "Stack", "matmul": "Matrix product", "bmm": "Matrix product"}
 _JOINS |= {"scaled_dot_product_attention": "Attention"}
 
@@ -80,7 +88,7 @@ def describe(module: nn.Module) -> tuple[str, bool]:
 
     Example:
         >>> describe(nn.Conv2d(8, 8, 3, stride=2, groups=8))
-        ('Conv 3×3 depthwise, /2', True)
+        ('Depthwise 3×3, /2', True)
     """
     cls = getattr(type(module), "float_class", type(module))
     if isinstance(module, CONVS + CONVS_TRANSPOSED):
@@ -96,10 +104,8 @@ def describe(module: nn.Module) -> tuple[str, bool]:
 
 
 def _conv(module: Any) -> str:
-    transposed = "Transposed conv " if isinstance(module, CONVS_TRANSPOSED) else "Conv "
-    text = transposed + "×".join(map(str, module.kernel_size))
-    if module.groups > 1:
-        text += " depthwise" if module.groups == module.in_channels else " grouped"
+    name = "Conv" if module.groups == 1 else "Depthwise" if module.groups == module.in_channels else "Grouped conv"
+    text = ("Transposed " if isinstance(module, CONVS_TRANSPOSED) else "") + name + " " + "×".join(map(str, module.kernel_size))
     strides = set(module.stride)
     if strides != {1}:
         text += ", /" + (str(strides.pop()) if len(strides) == 1 else "×".join(map(str, module.stride)))

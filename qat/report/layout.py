@@ -13,8 +13,10 @@ from .blocks import FIRST, OTHERS, Block
 from .flow import Edge
 
 # In pixels.
-BOX_WIDTH, BOX_HEIGHT, ROW_HEIGHT = 158, 38, 66
-LANE_WIDTH, GAP, MARGIN = 16, 58, 12
+BOX_WIDTH, BOX_HEIGHT = 158, 38
+LANE_WIDTH, GAP, MARGIN = 16, 62, 12
+# Between rows: with and without a site on the way.
+TALL, SHORT, TURN = 34, 20, 8
 PILL_WIDTH, PILL_HEIGHT, PORT_HEIGHT = 36, 16, 22
 
 
@@ -37,11 +39,12 @@ class Box:
 
 @dataclass(frozen=True)
 class Pill:
-    """A Q/DQ site on a connection; ``x`` and ``y`` are of its upper left corner."""
+    """A Q/DQ site on a connection; ``x`` and ``y`` are of its upper left corner, ``is_again`` if it was drawn before."""
 
     x: float
     y: float
     site: str
+    is_again: bool
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class _Layout:
         self._choose_columns()
         self.lanes = [self._lane(target, edge.source) for target, edge in self.edges]
         self.lefts, self.width = self._positions()
+        self.tops = self._tops()
 
     def _rows(self) -> dict[int, int]:
         rows = dict.fromkeys((FIRST, OTHERS), 0)
@@ -153,10 +157,21 @@ class _Layout:
     def _center(self, column: int) -> float:
         return self.lefts[column] + (BOX_WIDTH if column in set(self.columns.values()) else LANE_WIDTH) / 2
 
+    def _tops(self) -> list[float]:
+        """The upper end of every row."""
+        tall = {
+            self.rows[target]
+            for (target, edge), lane in zip(self.edges, self.lanes, strict=True)
+            if edge.site is not None and not self._enters_side(target, lane)
+        }
+        tops, bottom = [float(MARGIN)], float(MARGIN + PORT_HEIGHT)
+        for row in range(1, self.rows[self.out] + 1):
+            tops.append(bottom + (TALL if row in tall else SHORT))
+            bottom = tops[-1] + BOX_HEIGHT
+        return tops
+
     def _top(self, node: int) -> float:
-        if node in (FIRST, OTHERS):
-            return MARGIN
-        return MARGIN + PORT_HEIGHT + ROW_HEIGHT * self.rows[node] - BOX_HEIGHT
+        return self.tops[self.rows[node]]
 
     def _height(self, node: int) -> float:
         return PORT_HEIGHT if node < 0 or node == self.out else BOX_HEIGHT
@@ -165,6 +180,7 @@ class _Layout:
         boxes = tuple(self._boxes())
         wires, pills = [], []
         entries: dict[int, int] = {}
+        drawn: set[str] = set()
         sides = [target for (target, edge), lane in zip(self.edges, self.lanes, strict=True) if self._enters_side(target, lane)]
         for (target, edge), lane in zip(self.edges, self.lanes, strict=True):
             start_x, start_y = self._center(self.columns[edge.source]), self._top(edge.source) + self._height(edge.source)
@@ -172,7 +188,7 @@ class _Layout:
             path = f"M{start_x:g} {start_y:g}"
             down = self._center(lane)
             if down != start_x:
-                path += _turned(start_x, start_y + 9, down)
+                path += _turned(start_x, start_y + TURN, down)
             if not self._enters_side(target, lane):
                 path += f"V{top:g}"
                 spot = x - PILL_WIDTH / 2, top - 5 - PILL_HEIGHT
@@ -182,10 +198,11 @@ class _Layout:
                 y = top + self._height(target) * share
                 right = x + BOX_WIDTH / 2
                 path += f"V{y - 5:g}Q{down:g} {y:g} {down - 5:g} {y:g}H{right:g}"
-                spot = right + 9, y - PILL_HEIGHT / 2
+                spot = right + 12, y - PILL_HEIGHT / 2
             wires.append(path)
             if edge.site is not None:
-                pills.append(Pill(*spot, edge.site))
+                pills.append(Pill(*spot, edge.site, edge.site in drawn))
+                drawn.add(edge.site)
         height = self._top(self.out) + PORT_HEIGHT + MARGIN
         return Drawing(self.width, height, boxes, tuple(wires), tuple(pills))
 
@@ -199,10 +216,8 @@ class _Layout:
         for i, node in enumerate(self.block.nodes):
             call = node.call
             left = self.lefts[self.columns[i]]
-            marks = bool(call.sites) and call.is_layer
-            yield Box(
-                left, self._top(i), BOX_WIDTH, BOX_HEIGHT, call.text, node.name, False, marks, call.is_layer, call.weights, call.inner
-            )
+            place = left, self._top(i), BOX_WIDTH, BOX_HEIGHT
+            yield Box(*place, call.text, node.name, False, bool(call.sites), call.is_layer, call.weights, call.inner)
         yield Box(self.lefts[0], self._top(self.out), BOX_WIDTH, PORT_HEIGHT, "out", "", is_port=True)
 
 

@@ -96,8 +96,8 @@ def activation_rows(found: Ranges, clipped: ClipRates) -> list[Row]:
         width, counts = activation_bins(found.histograms[site.path])
         end = max(site.largest, site.amax)
         cells = (
-            number(site.largest, ".4g"),
-            number(site.amax, ".4g"),
+            number(site.largest, "#.4g"),
+            number(site.amax, "#.4g"),
             number(site.amax / site.largest, ".3f"),
             _rate(clipped.rates.get(site.path)),
             number(site.sqnr, ".1f"),
@@ -113,8 +113,8 @@ def weight_rows(weights: Sequence[WeightRange], clipped: ClipRates) -> list[Row]
         end = max(w.limit, w.largest)
         marks = sorted({-w.largest, -w.smallest, w.smallest, w.largest})
         cells = (
-            number(w.smallest, ".4g"),
-            number(w.largest, ".4g"),
+            number(w.smallest, "#.4g"),
+            number(w.largest, "#.4g"),
             _rate(clipped.rates.get(w.path)),
             number(w.sqnr, ".1f"),
         )
@@ -130,7 +130,7 @@ def change_rows(changes: Changes) -> dict[str, Any]:
             w.name,
             "",
             (
-                number(100 * 10 ** (-w.sqnr / 20) if not math.isnan(w.sqnr) else math.nan, ".3g"),
+                number(100 * 10 ** (-w.sqnr / 20) if not math.isnan(w.sqnr) else math.nan, "#.3g"),
                 number(w.sqnr, ".1f"),
                 number(w.cosine, ".6f"),
             ),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..tensorrt import Inspection
 
 _MISSING = "{}: is not installed, and the report needs it. pip install -e '.[report]'"
-_PLURAL = {"attention": "attention", "add": "Adds", "gate": "gates", "pool": "poolings", "conv": "convs", "linear": "linears"}
+_ONE = {"add": "Add", "pool": "pooling"}
 
 
 def write_report(
@@ -48,8 +48,8 @@ def write_report(
 ) -> Path:
     """Analyse ``model`` and write all that was found into one HTML file.
 
-    The file holds its plots, style and scripts: it loads nothing, from anywhere. It tells where the sites are, the error of each
-    layer, a ranking by sensitivity, histograms with the chosen ranges, what is clipped, and what the arguments add.
+    The file holds its plots, style and scripts: it loads nothing, from anywhere. It tells where the sites are, the error of
+    each layer, a ranking by sensitivity, histograms with the chosen ranges, what is clipped, and what the arguments add.
 
     Costs about 15 evaluations of the model, and 4 backward passes, for each batch; a few dozen samples are enough for a look.
 
@@ -71,16 +71,13 @@ def write_report(
         The path.
 
     Raises:
-        QATError: If no site quantizes, the batches are empty or do not fit the model, the folder is missing, or jinja2 or plotly
-            is not installed. Nothing is written then.
+        QATError: If no site quantizes, the batches are empty or do not fit the model, the folder is missing, or jinja2 or
+            plotly is not installed. Nothing is written then.
     """
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
         raise QATError(f"{target}: cannot be written: {'is a folder' if target.is_dir() else f'no folder {target.parent}'}")
-    tables = [ResultTable(results)] if isinstance(results, Mapping) and results else list(results)
-    for table in tables:
-        if not isinstance(table, ResultTable) or not all(isinstance(row, Mapping) for row in table.rows.values()):
-            raise QATError("results: must be rows of named columns, such as {'PTQ': {'top-1 %': 76.1}}, or ResultTables")
+    tables = _tables(results)
     # Before the analyses, which take a while.
     environment, plotly = _environment(), _plotly()
     found = look_at(model, batches, exact=exact, baseline_state=baseline_state)
@@ -103,6 +100,17 @@ def write_report(
     )
     write_whole(target, text.encode())
     return target
+
+
+def _tables(results: Any) -> list[ResultTable]:
+    if isinstance(results, Mapping):
+        results = [ResultTable(results)] if results else []
+    tables = list(results) if isinstance(results, Sequence) else [results]
+    for table in tables:
+        rows_are_named = isinstance(table, ResultTable) and isinstance(table.rows, Mapping)
+        if not rows_are_named or not all(isinstance(row, Mapping) for row in table.rows.values()):
+            raise QATError("results: must be rows of named columns, such as {'PTQ': {'top-1 %': 76.1}}, or ResultTables")
+    return tables
 
 
 def _content(found: Findings, inspection: Inspection | None) -> dict[str, Any]:
@@ -178,7 +186,7 @@ def _summary(found: Findings, has_results: bool, inspection: Inspection | None) 
     first = found.sensitivity.layers[0]
     activations = {site.path: site for site in found.ranges.sites}
     most = max(activations, key=lambda path: found.clipped.rates.get(path, 0.0), default=None)
-    kinds_text = ", ".join(f"{count} {_PLURAL.get(kind, kind)}" for kind, count in kinds.items())
+    kinds_text = ", ".join(f"{count} {_ONE.get(kind, kind)}{'' if count == 1 else 's'}" for kind, count in kinds.items())
     cards = [
         {
             "name": "SQNR of the output",
@@ -221,13 +229,20 @@ def _ending(text: str, length: int) -> str:
     return text if len(text) <= length else "…" + text[1 - length :]
 
 
+def _folding(text: str) -> Any:
+    """``text``, escaped, that may break behind each dot and underscore of a path."""
+    from markupsafe import Markup, escape
+
+    return Markup("").join(escape(part) + Markup("<wbr>") for part in re.split(r"(?<=[._/])", text))
+
+
 def _environment() -> Any:
     try:
         import jinja2
     except ModuleNotFoundError as error:
         raise QATError(_MISSING.format("jinja2")) from error
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["ending"] = _ending
+    environment.filters.update(ending=_ending, folding=_folding)
     return environment
 
 
@@ -253,4 +268,4 @@ def _digest(script: str) -> str:
 
 
 def _read(name: str) -> str:
-    return resources.files(__package__).joinpath("page", name).read_text(encoding="utf-8")
+    return (resources.files(__package__) / "page" / name).read_text(encoding="utf-8")

@@ -1,7 +1,11 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  // No button that sends the data to anybody.
+  const config = {
+    displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "",
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+  };
   const size = (figure) => ({ ...figure.layout, autosize: true });
 
   for (const element of document.querySelectorAll("[data-chart]")) {
@@ -34,14 +38,18 @@
       layout.shapes = item.marks.map(([x]) => ({
         type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { color: "#c2410c", width: 2 },
       }));
-      layout.annotations = item.marks.filter(([, text]) => text).map(([x, text], i) => ({
-        x, y: 1 - 0.1 * i, yref: "paper", text: `${text} ${x.toPrecision(4)}`, showarrow: false, yanchor: "top",
-        xanchor: x > item.ends[0] + 0.75 * (item.ends[1] - item.ends[0]) ? "right" : "left", xshift: x > item.ends[0] + 0.75 * (item.ends[1] - item.ends[0]) ? -6 : 6,
-        font: { color: "#c2410c" }, bgcolor: "rgba(255,255,255,.85)",
-      }));
+      layout.annotations = item.marks.filter(([, text]) => text).map(([x, text], i) => {
+        const isRight = x > item.ends[0] + 0.75 * (item.ends[1] - item.ends[0]);
+        return {
+          x, y: 1 - 0.1 * i, yref: "paper", text: `${text} ${x.toPrecision(4)}`, showarrow: false, yanchor: "top",
+          xanchor: isRight ? "right" : "left", xshift: isRight ? -6 : 6, font: { color: "#c2410c" },
+          bgcolor: "rgba(255,255,255,.85)",
+        };
+      });
+      // From below one, so that a single value shows.
+      layout.yaxis.range = [Math.log10(0.6), Math.log10(Math.max(...item.counts, 1)) + 0.15];
       const margin = 0.02 * (item.ends[1] - item.ends[0]);
       layout.xaxis.range = [item.ends[0] - (item.start < 0 ? margin : 0), item.ends[1] + margin];
-      layout.title = { text: item.name, font: { size: 13 }, x: 0.01, xanchor: "left", y: 0.98, yanchor: "top" };
       Plotly.react(element, [bars], size({ layout }), config);
       select.value = String(index);
       for (const row of rows) row.classList.toggle("chosen", Number(row.dataset.index) === index);

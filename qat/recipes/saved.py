@@ -1,0 +1,153 @@
+"""What a classification recipe wrote, read again: the network with its trained weights, data, and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from ..errors import QATError
+from ..loading import load_from_checkpoint
+from ..preparation import Report, prepare
+from ..report import ResultTable
+from .classification import is_unbalanced, load_weights
+from .data import ImageData, load
+from .engines import EngineResult
+from .models import build
+from .report import Result
+from .settings import ClassifierSettings
+from .training import Classifier, device_of
+
+_WROTE = "Pass a folder that a recipe wrote, such as runs/resnet"
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """One run of a recipe.
+
+    Attributes:
+        model: The fine-tuned network with its sites.
+        placement: What is quantized, and what is not.
+        batches: Validation images and their labels.
+        baseline_state: The state before fine-tuning: of the PTQ model, or of the float model where that was not written.
+        baseline_name: What that state is called.
+        results: The tables of the run.
+        title: Network and data.
+    """
+
+    model: nn.Module
+    placement: Report
+    batches: list[tuple[Tensor, Tensor]]
+    baseline_state: Mapping[str, Tensor] | None
+    baseline_name: str
+    results: list[ResultTable]
+    title: str
+
+
+def open_run(folder: str | Path, *, images: int = 128, data_dir: str | None = None) -> SavedRun:
+    """Build the network of a run again and load what it wrote. Nothing in its files is executed.
+
+    Args:
+        folder: With ``metrics.json`` and ``qat.ckpt``.
+        images: How many validation images to take.
+        data_dir: Folder of the data, if it is no longer where it was.
+
+    Raises:
+        QATError: If a file is missing or damaged, or does not fit the others.
+    """
+    folder = Path(folder)
+    if images < 1:
+        raise QATError(f"images={images}: must be positive")
+    metrics = _read_metrics(folder / "metrics.json")
+    if "settings" not in metrics and "seeds" in metrics:
+        seeds = [folder / f"seed{seed}" for seed in metrics["seeds"]] if isinstance(metrics["seeds"], list) else [folder]
+        raise QATError(f"{folder}: holds several runs. Pass one of them, such as {seeds[0]}")
+    if not isinstance(metrics.get("settings"), dict) or not isinstance(metrics.get("results"), dict):
+        raise QATError(f"{folder / 'metrics.json'}: has no settings and results. {_WROTE}")
+    settings = ClassifierSettings.from_dict(metrics["settings"])
+    data = load(settings.data, settings.data_dir if data_dir is None else data_dir, settings.image_size)
+
+    def network() -> nn.Module:
+        # All weights come from the run.
+        stem = settings.small_stem
+        return build(settings.arch, len(data.classes), image_size=data.image_size, small_stem=stem).eval()
+
+    batches = _images(data, images, settings.batch_size)
+    placement = prepare(network(), settings.quant, example_inputs=batches[0][0][:1])
+    device = device_of(settings)
+    loaded = load_from_checkpoint(Classifier, folder / "qat.ckpt", map_location="cpu", model=network(), lr=settings.qat_lr)
+    state, name = _baseline(folder, network())
+    title = f"{settings.arch} on {data.name}, {data.image_size} px, seed {metrics.get('seed', settings.seed)}"
+    tables = _tables(folder / "metrics.json", metrics, settings, balanced=is_unbalanced(data))
+    return SavedRun(loaded.model.to(device).eval(), placement, batches, state, name, tables, title)
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise QATError(f"{path}: cannot be read: {error.strerror}. {_WROTE}") from error
+    except ValueError as error:
+        raise QATError(f"{path}: damaged: {error}. {_WROTE}") from error
+    if not isinstance(found, dict):
+        raise QATError(f"{path}: holds no settings. {_WROTE}")
+    return found
+
+
+def _images(data: ImageData, count: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
+    total = len(data.val)  # type: ignore[arg-type]
+    return list(data.loader(Subset(data.val, range(min(count, total))), batch_size))
+
+
+def _baseline(folder: Path, model: nn.Module) -> tuple[Mapping[str, Tensor] | None, str]:
+    if (folder / "ptq.pt").exists():
+        # Its keys are compared with those of the model, so that the check of load_weights is not needed.
+        return torch.load(folder / "ptq.pt", map_location="cpu", weights_only=True), "the PTQ model, before fine-tuning"
+    if (folder / "float.pt").exists():
+        load_weights(model, str(folder / "float.pt"))
+        return model.state_dict(), "the float model, before calibration and fine-tuning"
+    return None, ""
+
+
+def _tables(path: Path, metrics: Mapping[str, Any], settings: ClassifierSettings, *, balanced: bool) -> list[ResultTable]:
+    try:
+        results = [Result(**figures) for figures in metrics["results"].values()]
+        engines = metrics.get("engines")
+        built = [] if engines is None else [EngineResult(**figures) for figures in engines["results"].values()]
+        tables = [ResultTable({r.label: _result_row(r, balanced=balanced) for r in results}, "ONNX files; ± standard error")]
+        if engines is not None:
+            rows = {r.label: _engine_row(r, settings.engine_batch) for r in built}
+            tables.append(ResultTable(rows, str(engines["title"]), "engine"))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise QATError(f"{path}: damaged, its results are not those of a recipe: {error}") from error
+    return tables
+
+
+def _result_row(r: Result, *, balanced: bool) -> dict[str, Any]:
+    return {
+        "top-1 %": f"{100 * r.top1:.2f} ± {100 * r.stderr:.2f}",
+        **({"balanced %": f"{100 * r.balanced:.2f}"} if balanced else {}),
+        "ONNX MB": f"{r.file_bytes / 1e6:.2f}",
+        "int8 weights MB": None if r.int8_weights_bytes is None else f"{r.int8_weights_bytes / 1e6:.2f}",
+        "CPU ms": f"{r.cpu_ms:.2f}",
+    }
+
+
+def _engine_row(r: EngineResult, batch: int) -> dict[str, Any]:
+    return {
+        "top-1 %": None if r.top1 is None or r.stderr is None else f"{100 * r.top1:.2f} ± {100 * r.stderr:.2f}",
+        "ms, 1 image": None if r.ms is None else f"{r.ms:.3f}",
+        f"ms, {batch} images": None if r.ms_batch is None else f"{r.ms_batch:.3f}",
+        "MB": f"{r.plan_bytes / 1e6:.2f}",
+        **{name: f"{good} of {count}" if count else None for name, (good, count) in _shares(r).items()},
+    }
+
+
+def _shares(r: EngineResult) -> dict[str, tuple[int, int]]:
+    return {"INT8 layers": (r.int8[0], r.int8[1]), "fused Adds": (r.adds[0], r.adds[1])}
