@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,15 +21,16 @@ from rich.console import Console
 from torch import nn
 
 import qat
-from qat import QATCallback, QATError, QuantConfig, prepare
+from qat import QATCallback, QATError, QuantConfig, cli, prepare
 from qat.quantizer import WeightQuantizer, quantizers
 from qat.recipes import data as recipe_data
 from qat.recipes import efficientnet, mobilenet, report, resnet, stamps, variants, vit
 from qat.recipes.classification import is_unbalanced
 from qat.recipes.data import Augment, load, read_idx, split_by_group
-from qat.recipes.evaluation import accuracy
+from qat.recipes.evaluation import accuracy, predict_onnx
 from qat.recipes.models import ARCHS, build, load_weights, patch_size
 from qat.recipes.resnet import ResNetSettings
+from qat.recipes.saved import open_run
 from qat.recipes.settings import ClassifierSettings, parse
 from qat.recipes.training import FreezeBatchNorm, fit, make_classifier
 
@@ -525,7 +527,7 @@ def test_run_succeeds_and_writes_everything(finished):
     code, out = finished
     assert code == 0
     assert {path.name for path in out.iterdir()} == {
-        *("float.pt", "float_longer.ckpt", "qat.ckpt", "metrics.json", "results.png"),
+        *("float.pt", "ptq.pt", "float_longer.ckpt", "qat.ckpt", "metrics.json", "results.png"),
         *("float.onnx", "float-longer.onnx", "ptq.onnx", "ptq-int8.onnx", "qat.onnx", "qat-int8.onnx"),
         *("qat-fused.onnx", "qat-fused-int8.onnx"),
     }
@@ -550,6 +552,58 @@ def test_metrics_say_how_to_repeat_the_run(finished, digits):
     assert metrics["data"]["sha256"] == digits.sha256
     assert metrics["versions"]["torch"] == torch.__version__
     assert set(metrics["results"]) == set(variants.LABELS)
+
+
+def test_a_run_is_opened_again_with_its_weights_and_ranges(finished):
+    found = open_run(finished[1], images=20)
+    saved = torch.load(finished[1] / "qat.ckpt", weights_only=True)["state_dict"]
+    state = found.model.state_dict()
+    assert {f"model.{name}" for name in state} == set(saved)
+    assert all(torch.equal(tensor.cpu(), saved[f"model.{name}"]) for name, tensor in state.items())
+    assert sum(len(images) for images, _ in found.batches) == 20
+    # What is looked at is what was exported.
+    images = found.batches[0][0]
+    classes = predict_onnx(finished[1] / "qat.onnx", found.batches)[0]
+    with torch.no_grad():
+        assert found.model.cpu()(images).argmax(1).tolist() == classes[: len(images)].tolist()
+
+
+def test_a_run_is_reported_with_its_figures_and_what_training_changed(finished, tmp_path, capsys):
+    pytest.importorskip("plotly", reason="plotly is not installed (pip install -e '.[report]')")
+    metrics = json.loads((finished[1] / "metrics.json").read_text())
+    # float.pt stands in where ptq.pt is missing: ranges are unknown then.
+    older = tmp_path / "older"
+    older.mkdir()
+    for name in ("metrics.json", "float.pt", "qat.ckpt"):
+        (older / name).write_bytes((finished[1] / name).read_bytes())
+    for folder, baseline, has_ranges in ((finished[1], "the PTQ model", True), (older, "the float model", False)):
+        out = tmp_path / f"{baseline.split()[1]}.html"
+        assert cli.main(["report", str(folder), "--images", "30", "--out", str(out)]) == 0
+        text = out.read_text(encoding="utf-8")
+        assert f"Compared with {baseline}" in text
+        assert bool(re.search("of [0-9]+ ranges moved|Ranges that moved", text)) == has_ranges
+        assert "looked at on 30 samples" in text
+        for row in metrics["results"].values():
+            assert f"{100 * row['top1']:.2f} ± {100 * row['stderr']:.2f}" in text
+    assert capsys.readouterr().out.count("MiB") == 2
+
+
+def test_a_damaged_run_is_refused_by_name(finished, tmp_path):
+    for name in ("metrics.json", "ptq.pt"):
+        (tmp_path / name).write_bytes((finished[1] / name).read_bytes())
+    (tmp_path / "qat.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(QATError, match=r"qat\.ckpt: damaged"):
+        open_run(tmp_path)
+    (tmp_path / "qat.ckpt").write_bytes((finished[1] / "qat.ckpt").read_bytes())
+    (tmp_path / "ptq.pt").write_bytes(b"no state")
+    with pytest.raises(QATError, match=r"ptq\.pt: damaged"):
+        open_run(tmp_path)
+    metrics = json.loads((finished[1] / "metrics.json").read_text())
+    metrics["results"]["qat"] = {"label": "QAT"}
+    (tmp_path / "ptq.pt").unlink()
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(QATError, match=r"metrics\.json: damaged, its results"):
+        open_run(tmp_path)
 
 
 COMPARED = {"epochs": 1, "qat_epochs": 1, "device": "cpu", "compare": True, "rounding_steps": 20, "calibration_images": 64}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from ..errors import QATError
 from ..loading import load_from_checkpoint
 from ..preparation import Report, prepare
 from ..report import ResultTable
-from .classification import is_unbalanced, load_weights
+from .classification import is_unbalanced
 from .data import ImageData, load
 from .engines import EngineResult
-from .models import build
+from .models import build, load_weights
 from .report import Result
 from .settings import ClassifierSettings
 from .training import Classifier, device_of
@@ -107,12 +108,21 @@ def _images(data: ImageData, count: int, batch_size: int) -> list[tuple[Tensor, 
 
 def _baseline(folder: Path, model: nn.Module) -> tuple[Mapping[str, Tensor] | None, str]:
     if (folder / "ptq.pt").exists():
-        # Its keys are compared with those of the model, so that the check of load_weights is not needed.
-        return torch.load(folder / "ptq.pt", map_location="cpu", weights_only=True), "the PTQ model, before fine-tuning"
+        return _read_state(folder / "ptq.pt"), "the PTQ model, before fine-tuning"
     if (folder / "float.pt").exists():
         load_weights(model, str(folder / "float.pt"))
         return model.state_dict(), "the float model, before calibration and fine-tuning"
     return None, ""
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise QATError(f"{path}: damaged, or no state dict: {error}. Run the recipe again, or remove the file") from error
+    if not isinstance(state, dict):
+        raise QATError(f"{path}: no state dict. Run the recipe again, or remove the file")
+    return state
 
 
 def _tables(path: Path, metrics: Mapping[str, Any], settings: ClassifierSettings, *, balanced: bool) -> list[ResultTable]:
@@ -133,9 +143,10 @@ def _result_row(r: Result, *, balanced: bool) -> dict[str, Any]:
     return {
         "top-1 %": f"{100 * r.top1:.2f} ± {100 * r.stderr:.2f}",
         **({"balanced %": f"{100 * r.balanced:.2f}"} if balanced else {}),
-        "ONNX MB": f"{r.file_bytes / 1e6:.2f}",
+        "as float %": f"{100 * r.as_float:.2f}",
+        "ONNX MB": None if r.file_bytes is None else f"{r.file_bytes / 1e6:.2f}",
         "int8 weights MB": None if r.int8_weights_bytes is None else f"{r.int8_weights_bytes / 1e6:.2f}",
-        "CPU ms": f"{r.cpu_ms:.2f}",
+        "CPU ms": None if r.cpu_ms is None else f"{r.cpu_ms:.2f}",
     }
 
 

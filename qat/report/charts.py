@@ -67,7 +67,7 @@ def error_chart(errors: LayerErrors) -> Figure:
         "cosine %{customdata[2]}<extra></extra>",
     }
     axis = {"title": "layers in the order in which they run", **_named_axis(positions, [layer.path for layer in layers])}
-    return _figure([*bars, points], axis, {"title": "SQNR of the layer's output, dB"}, height=430, bargap=0.25)
+    return _figure([*bars, points], axis, {"title": "SQNR of the layer's output, dB"}, height=430, bargap=_gap(len(layers)))
 
 
 def sensitivity_chart(found: Sensitivity) -> Figure:
@@ -104,7 +104,14 @@ def change_chart(changes: Changes) -> Figure | None:
         "SQNR %{customdata[1]} dB, cosine %{customdata[2]}<extra></extra>",
     }
     x = {"title": "weights in the order of the state dict", **_named_axis(positions, [weight.name for weight in weights])}
-    return _figure([bar], x, {"title": "change, % of the weight's norm", "rangemode": "tozero"}, height=400, legend=False)
+    return _figure(
+        [bar],
+        x,
+        {"title": "change, % of the weight's norm", "rangemode": "tozero"},
+        height=400,
+        bargap=_gap(len(weights)),
+        legend=False,
+    )
 
 
 def coverage_chart(counts: Sequence[tuple[str, int, float | None]]) -> Figure:
@@ -132,6 +139,7 @@ def coverage_chart(counts: Sequence[tuple[str, int, float | None]]) -> Figure:
                 "text": texts,
                 "textposition": "inside",
                 "insidetextanchor": "middle",
+                "textangle": 0,
                 "marker": {"color": colors.get(name, "#8a6d3b")},
                 "hovertemplate": "%{text}, %{x:.1f} %<extra></extra>",
             }
@@ -212,6 +220,11 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _gap(count: int) -> float:
+    """The share of an axis between bars: a few bars need not fill it."""
+    return max(0.25, 0.85 - 0.03 * count)
+
+
 def _named_axis(positions: list[int], names: Sequence[str], *, longest: int = _LONGEST_NAME) -> dict[str, Any]:
     """An axis with a name at each position, as long as there is room for them."""
     ends = [-0.8, len(names) - 0.2]
@@ -219,8 +232,8 @@ def _named_axis(positions: list[int], names: Sequence[str], *, longest: int = _L
         return {"showticklabels": False, "ticks": "", "ticklen": 0, "showgrid": False, "zeroline": False, "range": ends}
     # The end of a path tells more than its start.
     texts = [name if len(name) <= longest else "…" + name[1 - longest :] for name in names]
-    # Upright names need the least room.
-    angle, size = (-90, 10) if len(names) > 40 else (-60, 11)
+    # Upright names need the least room, lying ones are read best.
+    angle, size = (-90, 10) if len(names) > 40 else (-60, 11) if len(names) > 8 else (0, 11)
     shown = {"tickvals": positions, "ticktext": [escaped(text) for text in texts], "showgrid": False, "zeroline": False}
     return {**shown, "tickangle": angle, "tickfont": {"size": size}, "range": ends}
 
@@ -243,7 +256,7 @@ def _figure(data: list[Any], x: dict[str, Any], y: dict[str, Any], *, height: in
             "color": _INK,
         },
         "hoverlabel": {"bgcolor": "#ffffff", "bordercolor": "#b8c2cc", "font": {"color": _INK}, "align": "left"},
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
         "showlegend": legend,
         "xaxis": axis(x),
         "yaxis": axis(y),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import analysis
 from ..analysis import Changes, ClipRates, LayerErrors, Ranges, Sensitivity
 from ..analysis.layers import each_batch
+from ..errors import QATError
 from ..inputs import tensors
 from ..quantizer import quantizers
 from .blocks import Structure, structure
@@ -60,7 +61,7 @@ def look_at(
         baseline_state: State dict of an earlier state of the model.
 
     Raises:
-        QATError: If no site quantizes, or the batches are empty or do not fit the model.
+        QATError: If no site quantizes or no quantized layer runs, or the batches are empty or do not fit the model.
     """
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
@@ -72,6 +73,8 @@ def look_at(
 
     batches = list(each_batch(batches))
     errors = timed("errors of the layers", analysis.layer_errors(model, batches))
+    if not errors.layers:
+        raise QATError("model: no quantized layer runs on these batches. Pass batches that reach one")
     rank = analysis.sensitivity if exact else analysis.estimate_sensitivity
     sensitivity = timed("sensitivity", rank(model, batches))
     ranges = timed("ranges", analysis.ranges(model, batches))

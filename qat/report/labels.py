@@ -56,6 +56,8 @@ _FUNCTIONS = {
     "conv1d": "Conv",
     "conv2d": "Conv",
     "linear": "Linear",
+    "multi_head_attention_forward": "Attention",
+    "transformer_encoder_layer_fwd": "Transformer layer",
 }
 # How operators reach PyTorch, as they are or in place.
 _JOINS = {

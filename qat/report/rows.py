@@ -160,7 +160,14 @@ def engine_rows(found: Inspection) -> dict[str, Any]:
     ]
     title = ", ".join(part for part in (found.runtime, found.target, f"{len(layers)} layers") if part)
     sites = None if found.sites is None else [site for site in found.sites if not site.is_good]
-    return {"coverage": found.coverage, "title": title, "timed": timed, "layers": layers, "sites": sites}
+    return {
+        "coverage": found.coverage,
+        "title": title,
+        "timed": timed,
+        "layers": layers,
+        "sites": sites,
+        "counts": engine_counts(found),
+    }
 
 
 def engine_counts(found: Inspection) -> list[tuple[str, int, float | None]]:
