@@ -16,7 +16,7 @@ import pytest
 import torch
 import torchvision
 from prepare_nets import Block, Net, calibrated, conv, images
-from test_analysis import states, unchanged
+from test_analysis import made, states, unchanged
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,7 +28,9 @@ from qat.report import ResultTable, write_report
 from qat.report.blocks import joined, structure
 from qat.report.flow import record_calls
 from qat.report.layout import PILL_HEIGHT, PILL_WIDTH, lay_out
-from qat.tensorrt import inspect
+from qat.tensorrt import Inspection, inspect
+from qat.tensorrt.inspect import Site
+from qat.tensorrt.layers import EngineLayer, LayerTensor
 
 RECORDED = Path(__file__).parent / "recorded"
 HOSTILE = '<img src=x onerror="alert(1)"></script><script>alert(2)</script>{{ 7 * 7 }}%{y}&amp;'
@@ -261,6 +263,16 @@ def test_engine_layers_are_counted_by_type(page):
     assert sum(int(count) for count in re.findall(r"\d+(?= )", text)) == len(layers)
 
 
+def test_nodes_that_lost_int8_are_told_and_no_others(model, tmp_path):
+    layers = (EngineLayer("a", "CaskConvolution", (LayerTensor("x", "FP16"),), time_ms=0.25),)
+    lost = Site("body.conv1/Conv", "Conv", "conv", "float", 0, "no kernel <b>")
+    good = Site("body.conv2/Conv", "Conv", "conv", "int8", 0, None)
+    page = Page(write_report(model, [images()], tmp_path / "r.html", inspection=Inspection(layers, (lost, good))))
+    assert page.tables["sites"][1:] == [["body.conv1/Conv", "Conv", "float", "no kernel <b>"]]
+    assert page.column("engine", "ms") == ["0.2500"]
+    assert page.texts["b"].count("1 of 2 quantized convs run in INT8") == 1
+
+
 def test_what_stays_in_float_is_told(tmp_path):
     net = Net()
     placement = qat.prepare(net)
@@ -470,6 +482,14 @@ def test_a_float_model_is_refused(tmp_path):
         write_report(Net(), [images()], tmp_path / "r.html")
 
 
+def test_a_model_without_gradients_needs_exact_values(tmp_path):
+    net = made("changed after it was read")
+    with pytest.raises(QATError, match=r"in-?place.*exact=True"):
+        write_report(net, [images()], tmp_path / "r.html")
+    page = Page(write_report(net, [images()], tmp_path / "r.html", exact=True))
+    assert sorted(page.column("sensitivity", "layer")) == ["inner", "last", "quant_add0", "stem"]
+
+
 @pytest.mark.parametrize("name", ["", "missing/r.html"])
 def test_a_path_that_cannot_be_written_is_refused_before_the_work(tmp_path, name):
     with pytest.raises(QATError, match="cannot be written"):
@@ -660,6 +680,8 @@ def test_tables_sort_and_rows_choose_the_histogram(page, model, tmp_path):
         document.body.dataset.chosen = find("[data-picks=activations]").selectedOptions[0].textContent;
         find("[data-for=activations][data-step='-1']").click();
         document.body.dataset.before = find("tr.chosen").dataset.index;
+        const loaded = performance.getEntriesByType("resource").map((entry) => entry.name);
+        document.body.dataset.loaded = loaded.filter((name) => !name.startsWith("data:"));
     """
     # The page's policy would not let the script run.
     source = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", source)
@@ -667,9 +689,13 @@ def test_tables_sort_and_rows_choose_the_histogram(page, model, tmp_path):
     dom, errors = browse(tmp_path / "open.html", tmp_path, "--dump-dom")
     assert errors == []
     rows = Page(tmp_path / "r.html").tables["errors"][1:]
-    shown = {name: re.search(f'data-{name}="([^"]*)"', dom).group(1) for name in ("rising", "falling", "chosen", "before")}
+    shown = {
+        name: re.search(f'data-{name}="([^"]*)"', dom).group(1) for name in ("rising", "falling", "chosen", "before", "loaded")
+    }
     ranked = [row[0] for row in sorted(rows, key=lambda row: float(row[2]))]
     assert shown["rising"].split(",") == ranked
     assert shown["falling"].split(",") == ranked[::-1]
     assert shown["chosen"] == page.column("activations", "site")[2]
     assert shown["before"] == "1"
+    # Although its policy does not hinder it here.
+    assert shown["loaded"] == ""

@@ -73,7 +73,9 @@ def _batch(bench: Bench, batch: Any, draws: int, generator: torch.Generator) -> 
     with torch.enable_grad(), bench.watching(look):
         outputs = [out for out in floats(bench.run(batch, ())) if out.requires_grad]
     if not outputs:
-        raise QATError("model: no output depends on a quantized layer by a gradient. Use qat.analysis.sensitivity")
+        raise QATError(
+            "model: no output depends on a quantized layer by a gradient. Use qat.analysis.sensitivity, in a report exact=True"
+        )
     weights = [1 / (out.detach().double().square().sum() * len(outputs)).sqrt() for out in outputs]
     totals: dict[str, Tensor] = {}
     for draw in range(draws):

@@ -85,7 +85,7 @@ def ranges(model: nn.Module, batches: Iterable[Any]) -> Ranges:
     for path, observer in observers.items():
         histogram = observer.histogram
         if observer.seen and histogram.amax > 0:
-            amax = float(sites[path].amax.abs())
+            amax = float(sites[path].amax.detach().abs())
             histograms[path] = histogram
             found.append(SiteRange(path, histogram.amax, amax, *quality(histogram, amax, fmt=sites[path].fmt)))
     return Ranges(tuple(found), histograms)

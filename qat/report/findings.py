@@ -75,8 +75,7 @@ def look_at(
     errors = timed("errors of the layers", analysis.layer_errors(model, batches))
     if not errors.layers:
         raise QATError("model: no quantized layer runs on these batches. Pass batches that reach one")
-    rank = analysis.sensitivity if exact else analysis.estimate_sensitivity
-    sensitivity = timed("sensitivity", rank(model, batches))
+    sensitivity = timed("sensitivity", analysis.sensitivity(model, batches) if exact else _estimated(model, batches))
     ranges = timed("ranges", analysis.ranges(model, batches))
     clipped = timed("clip rates", analysis.clip_rates(model, batches))
     weights = timed("weights", weight_ranges(model, batches[0]))
@@ -86,6 +85,15 @@ def look_at(
         changes = timed("comparison", _distinct(model, analysis.compare(baseline_state, model.state_dict())))
     samples = sum(len(found[0]) for batch in batches if (found := tensors(batch)) and found[0].ndim)
     return Findings(errors, sensitivity, ranges, clipped, weights, changes, blocks, samples, seconds)
+
+
+def _estimated(model: nn.Module, batches: Iterable[Any]) -> Sensitivity:
+    try:
+        return analysis.estimate_sensitivity(model, batches)
+    except RuntimeError as error:
+        # The forward pass has run before: a tensor that the backward pass needs was changed in place, or memory is short.
+        reason = str(error).splitlines()[0]
+        raise QATError(f"model: no gradients to estimate the sensitivity from: {reason} Pass exact=True (--exact)") from error
 
 
 def _distinct(model: nn.Module, changes: Changes) -> Changes:
