@@ -2,7 +2,7 @@
 
 Trains (or loads) a float model, calibrates it (PTQ), fine-tunes it quantized (QAT) and, for a fair comparison, trains the
 float model equally long; exports all of them, compares each file with PyTorch, and prints one table. Accuracies are those
-of the exported files, run by ONNX Runtime.
+of the exported files, run by ONNX Runtime; of models without a file those of PyTorch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .evaluation import accuracy, cpu_latency, open_session, predict_onnx, predi
 from .report import Result, append_row, draw, make_table, markdown_row, over_seeds, parity_table
 from .settings import ClassifierSettings, parse
 from .training import device_of, stage
-from .variants import labels, train_all
+from .variants import LABELS, labels, train_all
 
 PARITY_IMAGES = 64
 
@@ -158,7 +158,8 @@ def export_all(
 ) -> tuple[dict[str, Path], dict[str, dict[str, Any]]]:
     """Write every model as ONNX and compare each file with PyTorch on ``PARITY_IMAGES`` test images.
 
-    Models with weights of other formats than INT8 have no ONNX file: TensorRT multiplies INT8 by INT8.
+    Of the rows that ``compare`` adds there are no files: they are measured in PyTorch. Nor are there of models with weights of
+    another format than INT8: TensorRT multiplies INT8 by INT8.
 
     Returns:
         The files by row of the table, ``<row>_int8`` with int8 weights, and what the comparisons found.
@@ -167,9 +168,9 @@ def export_all(
     example = images[:2]
     jobs: list[tuple[str, str, dict[str, Any]]] = []
     for name, model in models.items():
-        if all(site.fmt == INT8 for _, site in quantizers(model)):
+        if name in LABELS and all(site.fmt == INT8 for _, site in quantizers(model)):
             jobs.append((name, name, {}))
-            if name in ("ptq", "qat"):
+            if not name.startswith("float"):
                 jobs.append((f"{name}_int8", name, {"int8_weights": True}))
     if ("qat", "qat", {}) in jobs:
         fused = {"fuse_adds": True}
