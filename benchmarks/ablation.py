@@ -37,14 +37,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "weight ranges frozen": {"config": {"weight_range": "frozen"}},
     "ranges frozen from epoch 2": {"freeze_ranges_epoch": 2},
     "learned scales": {"learn_scales": True},
-    "learned scales, 10 times the rate": {"learn_scales": True, "range_lr_factor": 10.0},
+    "learned scales, a tenth of the rate": {"learn_scales": True, "range_lr_factor": 0.1},
     "learned scales, frozen from epoch 2": {"learn_scales": True, "freeze_ranges_epoch": 2},
     "distillation": {"distill_from": "float"},
+    "oscillations dampened": {"dampen_oscillations": 0.01},
 }
 
 
-def run_seed(seed: int, epochs: int, lr: float) -> list[dict[str, Any]]:
-    """Every format and variant for one seed; a row each."""
+def run_seed(seed: int, epochs: int, lr: float, done: set[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Every format and variant for one seed but those that are ``done``; a row each."""
     import io
 
     import torch
@@ -88,15 +89,19 @@ def run_seed(seed: int, epochs: int, lr: float) -> list[dict[str, Any]]:
             "agreement": 100 * (logits.argmax(1) == reference.argmax(1)).float().mean().item(),
         }
 
-    rows = [row("", "float", reference)]
+    rows = [] if ("", "float") in done else [row("", "float", reference)]
     calibration = data.calibration(settings.calibration_images, settings.batch_size)
     for name, config in FORMATS.items():
         for method in ("max", "percentile", "mse", "entropy"):
+            if (name, f"PTQ, {method}") in done:
+                continue
             ptq = copy.deepcopy(model)
             qat.prepare(ptq, qat.QuantConfig.from_dict(config))
             qat.calibrate(ptq, calibration, method=method, progress=False)
             rows.append(row(name, f"PTQ, {method}", logits_of(ptq)))
         for variant, options in VARIANTS.items():
+            if (name, variant) in done:
+                continue
             given = dict(options)
             callback = qat.QATCallback(
                 qat.QuantConfig.from_dict({**config, **given.pop("config", {})}),
@@ -126,9 +131,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     loss, _ = mean_and_error([found["", "float", s]["loss"] for s in seeds])
     top1, error = mean_and_error([found["", "float", s]["top1"] for s in seeds])
     lines.append(f"Float: test loss {loss:.4f}, top-1 {top1:.2f} ± {error:.2f} %, {len(seeds)} seeds.\n")
-    for name in dict.fromkeys(r["format"] for r in rows if r["format"]):
+    for name in FORMATS:
         lines += [f"| {name} | loss | to the defaults | top-1 % | to the defaults | as float % |", "|---|---|---|---|---|---|"]
-        for variant in dict.fromkeys(r["variant"] for r in rows if r["format"] == name):
+        for variant in dict.fromkeys([*(r["variant"] for r in rows if r["variant"].startswith("PTQ")), *VARIANTS]):
             cells = []
             for figure, digits in (("loss", 4), ("top1", 2)):
                 mean, _ = mean_and_error([found[name, variant, s][figure] for s in seeds])
@@ -150,14 +155,17 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning")
     parser.add_argument("--lr", type=float, default=0.001, help="of fine-tuning, at its start")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--results", type=Path, required=True, help="JSON file; seeds that are in it are not run again")
+    parser.add_argument("--results", type=Path, required=True, help="JSON file; what is in it is not run again")
     args = parser.parse_args()
     rows = json.loads(args.results.read_text()) if args.results.exists() else []
-    missing = [seed for seed in args.seeds if seed not in {row["seed"] for row in rows}]
+    wanted = {("", "float"), *((name, variant) for name in FORMATS for variant in VARIANTS)}
+    present = {seed: {(row["format"], row["variant"]) for row in rows if row["seed"] == seed} for seed in args.seeds}
+    missing = {seed: done for seed, done in present.items() if wanted - done}
     begin = time.time()
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(run_seed, seed, args.epochs, args.lr) for seed in missing]):
-            rows += done.result()
+        jobs = [pool.submit(run_seed, seed, args.epochs, args.lr, done) for seed, done in missing.items()]
+        for job in concurrent.futures.as_completed(jobs):
+            rows += job.result()
             args.results.write_text(json.dumps(rows, indent=1))
             print(f"seed {rows[-1]['seed']} after {time.time() - begin:.0f} s", file=sys.stderr, flush=True)
     print(table(rows))
