@@ -38,18 +38,17 @@ ROUNDING_IMAGES = 64
 
 def labels(settings: ClassifierSettings) -> dict[str, str]:
     """The rows of the table, by key."""
-    found = dict(LABELS)
+    rows = dict(LABELS)
+    if settings.compare:
+        rows["ptq"] = f"PTQ, {settings.calibration}"
+        rows |= {f"ptq_{method}": f"PTQ, {method}" for method in METHODS if method != settings.calibration}
+        rows |= {EQUALIZED: "PTQ, equalized", ROUNDED: "PTQ, rounding learned, biases corrected", BOTH: "PTQ, all three"}
+        rows[LEARNED] = "QAT, learned scales"
     if settings.teacher == "float":
         # The float model gives the outputs that it would be trained to give.
-        del found["float_longer"]
-    if settings.compare:
-        found["ptq"] = f"PTQ, {settings.calibration}"
-        found |= {f"ptq_{method}": f"PTQ, {method}" for method in METHODS if method != settings.calibration}
-        found[EQUALIZED] = "PTQ, equalized"
-        found[ROUNDED] = "PTQ, rounding learned, biases corrected"
-        found[BOTH] = "PTQ, all three"
-        found[LEARNED] = "QAT, learned scales"
-    return found
+        del rows["float_longer"]
+    stages = ("float", "ptq", "qat")
+    return dict(sorted(rows.items(), key=lambda row: stages.index(row[0].partition("_")[0])))
 
 
 def train_all(settings: ClassifierSettings, data: ImageData, seed: int, out: Path, console: Console) -> dict[str, nn.Module]:
