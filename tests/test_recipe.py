@@ -299,9 +299,11 @@ def test_recipe_file_is_valid(path):
     assert parse(SETTINGS[path.stem.partition("-")[0]], "", ["--config", str(path)]).arch in ARCHS
 
 
-def test_digits_recipe_is_the_default():
-    (path,) = [path for path in YAML_FILES if path.stem == "resnet-digits"]
-    assert parse(ResNetSettings, "", ["--config", str(path)]) == ResNetSettings() == parse(ResNetSettings, "", [])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_digits_recipe_is_the_default(recipe):
+    (path,) = [path for path in YAML_FILES if path.stem == f"{recipe}-digits"]
+    kind = SETTINGS[recipe]
+    assert parse(kind, "", ["--config", str(path)]) == kind() == parse(kind, "", [])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
