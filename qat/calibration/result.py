@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from ..quantizer import Quantizer
+from ..text import as_text
 from .histogram import Histogram
 from .methods import check_method, find_amax, quality
 
@@ -89,7 +89,4 @@ class Calibration:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)

@@ -8,6 +8,8 @@ import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from ..text import as_text
+
 # The largest distance from a tie, in codes, at which float rounding may still decide between two codes.
 TIE = 0.01
 
@@ -154,10 +156,7 @@ class ParityReport:
             yield "Not compared, called a different number of times: " + ", ".join(self.unmatched)
 
     def __str__(self) -> str:
-        console = Console(width=128, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self, width=128)
 
     def _output_table(self) -> Table:
         cause = "other order of sums" if self.precision == "fp32" else f"results of modules rounded to {self.precision}"

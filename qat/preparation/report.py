@@ -84,9 +84,11 @@ class Report:
 
     def __str__(self) -> str:
         from rich import box
-        from rich.console import Console, Group
+        from rich.console import Group
         from rich.markup import escape
         from rich.table import Table
+
+        from ..text import as_text
 
         sites = Table("module", "site", "scale", "format", "quantizer", "note", title="Q/DQ sites", box=box.SIMPLE)
         for site in self.sites:
@@ -100,7 +102,4 @@ class Report:
         parts: list[Any] = [sites, left, escape(head), escape(self.summary())]
         if self.notice:
             parts.append(escape(self.notice))
-        console = Console(width=150, record=False, color_system=None)
-        with console.capture() as capture:
-            console.print(Group(*parts))
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        return as_text(Group(*parts), width=150)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
+
+from ..text import as_text
 
 
 class Printed:
@@ -13,7 +14,4 @@ class Printed:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..export.report import Difference
+from ..text import as_text
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,7 @@ class VerifyReport:
         yield "Result: " + ("equal within rounding" if self.ok else "DIFFERENT")
 
     def __str__(self) -> str:
-        console = Console(width=128, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self, width=128)
 
     def _output_table(self) -> Table:
         table = Table(title="The same function on every side?", title_justify="left")
