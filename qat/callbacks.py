@@ -56,7 +56,8 @@ class QATCallback(Callback):
         config: What is quantized and how, a :class:`~qat.QuantConfig` or a mapping of its settings. ``None`` means the
             defaults, or those of a model that is prepared already. It travels in the checkpoint; loading one that was
             saved with another config is an error.
-        calibration: Keyword arguments of :func:`qat.calibrate` (``method``, ``batches``, ...).
+        calibration: Keyword arguments of :func:`qat.calibrate` (``method``, ``batches``, ...). Progress is shown if the trainer
+            shows its own.
         calibration_data: A loader to calibrate from. By default the train loader, without moving the random state that
             orders the training batches.
         forward: ``forward(module, batch)`` runs the LightningModule on one batch, for calibration and for naming the
@@ -257,6 +258,7 @@ class QATCallback(Callback):
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         options = dict(self.calibration)
         batches = options.pop("batches", DEFAULT_BATCHES)
+        options.setdefault("progress", trainer.progress_bar_callback is not None)
         calibrate(pl_module, lambda module: self._show(trainer, pl_module, batches, self.calibration_data), **options)
 
     def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int | None, data: Any = None) -> None:

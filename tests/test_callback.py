@@ -301,6 +301,14 @@ def test_existing_ranges_are_kept():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("calibration", "bar", "shown"), [({}, False, False), ({}, True, True), ({"progress": True}, False, True)]
+)
+def test_calibration_shows_progress_as_the_trainer_does(capsys, calibration, bar, shown):
+    fit(Lit(), QATCallback(calibration={"batches": 3, **calibration}), enable_progress_bar=bar)
+    assert ("Calibrating" in capsys.readouterr().out) == shown
+
+
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_activation_ranges_are_frozen_after_calibration(stage):
     lit, found = Lit(), {}
