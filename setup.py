@@ -12,6 +12,7 @@ assert VERSION is not None, "qat/__init__.py holds no __version__"
 RECIPES = ["scikit-learn", "matplotlib"]
 RTX = ["tensorrt-rtx-cu13"]
 REPORT = ["jinja2", "plotly"]
+NOTEBOOKS = [*RECIPES, "nbformat", "nbclient", "ipykernel"]
 
 setup(
     name="torch-qat",
@@ -47,7 +48,8 @@ setup(
         "rtx": RTX,
         "tensorrt": ["tensorrt"],
         "bench": ["nvidia-modelopt==0.47.0", "brevitas", "torchao", "dependencies", "requests"],
-        "test": [*RECIPES, *REPORT, *RTX, "pytest", "pytest-xdist", "filelock", "hypothesis", "timm", "ruff", "mypy"],
+        "notebooks": NOTEBOOKS,
+        "test": [*NOTEBOOKS, *REPORT, *RTX, "pytest", "pytest-xdist", "filelock", "hypothesis", "timm", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["qat = qat.cli:main"]},
     classifiers=[
