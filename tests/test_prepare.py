@@ -482,3 +482,20 @@ def test_module_inputs_that_fit_nothing_are_refused(glob, message):
     with pytest.raises(QATError, match=message):
         qat.prepare(model, QuantConfig(module_inputs=[glob]))
     assert type(model) is Net
+
+
+def test_report_names_the_model_itself():
+    """A forward without source (typed into an interpreter) is listed; at the root the path is empty."""
+    scope = {"nn": nn}
+    exec(
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)\n"
+        "    def forward(self, x):\n"
+        "        return self.b(self.a(x))\n",
+        scope,
+    )
+    report = qat.prepare(scope["Net"]())
+    assert [item.path for item in report.left] == ["b", ""]
+    assert "(the model)" in str(report)

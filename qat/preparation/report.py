@@ -36,7 +36,7 @@ class Left:
     """A layer or expression that stays in float.
 
     Attributes:
-        path: Module it is or belongs to.
+        path: Module it is or belongs to; empty for the model itself, which prints as ``(the model)``.
         what: Class of the layer, or what kind of expression.
         why: Reason, and the remedy where there is one.
     """
@@ -97,7 +97,7 @@ class Report:
             sites.add_row(*map(escape, (site.path, site.what, site.granularity, site.format, shared, site.note)))
         left = Table("module", "what", "why", title="Left in float", box=box.SIMPLE)
         for item in self.left:
-            left.add_row(*map(escape, (item.path, item.what, item.why)))
+            left.add_row(*map(escape, (item.path or "(the model)", item.what, item.why)))
         head = f"Head ({self.head_source}): {', '.join(self.head) or 'none'}"
         parts: list[Any] = [sites, left, escape(head), escape(self.summary())]
         if self.notice:
