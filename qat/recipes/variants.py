@@ -81,7 +81,7 @@ def train_all(settings: ClassifierSettings, data: ImageData, seed: int, out: Pat
     models["qat"] = tune_quantized("quantized fine-tuning (QAT)", learn_scales=settings.quant.learn_scales, file="qat.ckpt")
     if settings.compare:
         models[LEARNED] = tune_quantized("QAT with learned scales", learn_scales=True, file="qat_learned.ckpt")
-    return models
+    return {key: models[key] for key in labels(settings) if key in models}
 
 
 def float_model(settings: ClassifierSettings, data: ImageData, seed: int, out: Path, console: Console) -> nn.Module:
