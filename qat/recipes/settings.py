@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -15,24 +15,15 @@ from ..config import QuantConfig
 from ..errors import QATError
 from .data import LOADERS
 from .models import ARCHS
-
-Settings = TypeVar("Settings", bound="ClassifierSettings")
-
-
-def option(default: Any, text: str, *, choices: Sequence[str] | None = None, positive: bool = False) -> Any:
-    """A setting with its documentation and its limits."""
-    return field(default=default, metadata={"help": text, "choices": choices, "positive": positive})
+from .options import RecipeSettings, Settings, option
 
 
 @dataclass(frozen=True)
-class ClassifierSettings:
+class ClassifierSettings(RecipeSettings):
     """Settings of a classification recipe, each of which has its defaults in a class that derives from this one.
 
     The metadata of each field documents it.
     """
-
-    # The module in qat.recipes.
-    recipe: ClassVar[str]
 
     arch: str = option("resnet20", "network, see qat/recipes/models.py", choices=ARCHS)
     small_stem: bool = option(False, "first convolution of stride 1, and no pooling behind it, for images up to 64 pixels")
@@ -71,61 +62,11 @@ class ClassifierSettings:
     quant: QuantConfig = field(default_factory=QuantConfig)
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, choices = getattr(self, item.name), item.metadata.get("choices")
-            if choices and value not in choices:
-                raise QATError(f"{item.name}={value!r}: choose one of {', '.join(choices)}")
-            if item.metadata.get("positive") and value is not None and not value > 0:
-                raise QATError(f"{item.name}={value!r}: must be positive")
+        super().__post_init__()
         if self.epochs < 0 or (self.epochs == 0 and not self.pretrained and self.weights is None):
             raise QATError(f"epochs={self.epochs!r}: must be positive, or 0 for a network with weights")
 
-    def all_seeds(self) -> tuple[int, ...]:
-        """The seeds to run."""
-        return (self.seed,) if self.seeds is None else self.seeds
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as a YAML file holds them."""
-        plain = asdict(self)
-        plain["seeds"] = None if self.seeds is None else list(self.seeds)
-        plain["quant"] = self.quant.to_dict()
-        return plain
-
-    @classmethod
-    def from_dict(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
-        """Inverse of :meth:`to_dict`; missing keys keep their defaults.
-
-        Raises:
-            QATError: For an unknown key, a value of the wrong type or outside its limits.
-        """
-        hints, known = get_type_hints(cls), [item.name for item in fields(cls)]
-        unknown = [key for key in values if key not in known]
-        if unknown:
-            raise QATError(f"unknown setting {unknown[0]!r}; known settings: {', '.join(known)}")
-        return cls(**{key: _typed(key, value, hints[key]) for key, value in values.items()})
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    if key == "quant":
-        return value if isinstance(value, QuantConfig) else QuantConfig.from_dict({} if value is None else value)
-    if key == "seeds" and isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
-        return tuple(value)
-    if hint is float and type(value) is int:
-        return float(value)
-    # YAML reads 1e-3 (without a dot) as text.
-    if hint is float and isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    allowed = getattr(hint, "__args__", (hint,))
-    if type(value) not in allowed:
-        names = " or ".join("null" if kind is type(None) else getattr(kind, "__name__", str(kind)) for kind in allowed)
-        raise QATError(f"{key}={value!r}: must be {names}")
-    return value
-
-
-def make_parser(kind: type[ClassifierSettings], description: str) -> argparse.ArgumentParser:
+def make_parser(kind: type[RecipeSettings], description: str) -> argparse.ArgumentParser:
     """The command line of ``kind``, every setting an option."""
     parser = argparse.ArgumentParser(prog=f"python -m qat.recipes.{kind.recipe}", description=description)
     parser.add_argument(
