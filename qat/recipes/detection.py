@@ -39,7 +39,7 @@ from ..errors import QATError
 from ..export import ParityReport, export_float, export_onnx, parity
 from ..preparation import prepare
 from .boxes import distillation_loss, precision
-from .classification import LABELS, LEARNED, versions
+from .classification import LABELS, LEARNED, finished, versions
 from .detection_report import Detected, draw, make_table, markdown_row, over_seeds, parity_table
 from .detector import LOSSES, Detector, detect_onnx, detect_torch, fit
 from .evaluation import cpu_latency, open_session
@@ -134,9 +134,13 @@ def run(settings: DetectionSettings, command: str, console: Console) -> int:
     agreed = True
     for seed in seeds:
         folder = out / f"seed{seed}" if len(seeds) > 1 else out
-        metrics: dict[str, Any] = {"command": command, "settings": settings.to_dict(), "seed": seed}
-        metrics.update(run_seed(settings, model, data, seed, folder, console))
-        _write_json(folder / "metrics.json", metrics)
+        metrics = finished(folder / "metrics.json", settings, seed) if len(seeds) > 1 else None
+        if metrics is None:
+            metrics = {"command": command, "settings": settings.to_dict(), "seed": seed}
+            metrics.update(run_seed(settings, model, data, seed, folder, console))
+            _write_json(folder / "metrics.json", metrics)
+        else:
+            console.print(f"seed {seed}: taken from {folder / 'metrics.json'}", highlight=False)
         results = {key: Detected(**figures) for key, figures in metrics["results"].items()}
         draw(results, f"{scenes}, seed {seed}", folder / "results.png")
         console.print(make_table(results, f"{scenes}, seed {seed}", "to float: difference in points"))
