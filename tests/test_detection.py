@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import os
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -713,6 +713,31 @@ def test_compared_rows_of_a_label_free_run(tmp_path):
     assert "float_longer" not in found
     assert {"ptq_max", "ptq_percentile", "ptq_entropy", "qat_learned"} <= set(found)
     assert found["ptq"] == "PTQ, mse"
+
+
+def test_a_series_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    seeds = []
+
+    def run_seed(settings, model, data, seed, out, console):
+        seeds.append(seed)
+        return {"results": {k: asdict(r) for k, r in results(0.5 + seed / 10).items()}, "parity": {"qat": {"agrees": True}}}
+
+    monkeypatch.setattr(detection, "run_seed", run_seed)
+    for last in (1, 2):
+        settings = quiet(seeds=tuple(range(last + 1)), out=str(tmp_path))
+        assert detection.run(settings, "python -m x", Console(quiet=True)) == 0
+    assert seeds == [0, 1, 2]
+    summary = json.loads((tmp_path / "metrics.json").read_text())
+    assert summary["results"]["qat"]["map50"] == pytest.approx(0.6)
+    changed = quiet(seeds=(0, 1), out=str(tmp_path), qat_lr=0.5)
+    detection.run(changed, "python -m x", Console(quiet=True))
+    assert seeds == [0, 1, 2, 0, 1]
+
+
+def test_a_file_that_departs_from_pytorch_fails_the_run(tmp_path, monkeypatch):
+    found = {"results": {k: asdict(r) for k, r in results(0.5).items()}, "parity": {"qat": {"agrees": False}}}
+    monkeypatch.setattr(detection, "run_seed", lambda *args: found)
+    assert detection.run(quiet(out=str(tmp_path)), "python -m x", Console(quiet=True)) == 1
 
 
 # The documentation
