@@ -569,6 +569,11 @@ def test_recipe_file_is_valid(path):
     assert settings.out == f"runs/{path.stem}"
 
 
+def test_the_measured_settings_are_the_default():
+    (path,) = [path for path in YAML_FILES if path.stem == "detection"]
+    assert parse(DetectionSettings, "", ["--config", str(path)]) == DetectionSettings()
+
+
 def test_settings_survive_their_plain_form():
     settings = DetectionSettings(seeds=(1, 2), qat_lr=0.5, quant=qat.QuantConfig(weight_granularity="tensor"))
     assert DetectionSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings

