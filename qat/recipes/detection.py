@@ -39,7 +39,7 @@ from ..errors import QATError
 from ..export import ParityReport, export_float, export_onnx, parity
 from ..preparation import prepare
 from .boxes import distillation_loss, precision
-from .classification import LABELS, LEARNED, finished, versions
+from .classification import finished, versions
 from .detection_report import Detected, draw, make_table, markdown_row, over_seeds, parity_table
 from .detector import LOSSES, Detector, detect_onnx, detect_torch, fit
 from .evaluation import cpu_latency, open_session
@@ -50,6 +50,7 @@ from .settings import parse
 from .ssdlite import COCO, TINY, SSDLite, load_tensorflow, make_anchors
 from .tfjs import read_tensors
 from .training import stage
+from .variants import LABELS, LEARNED
 
 PARITY_IMAGES = 8
 # Largest difference of a float file from PyTorch: logits reach 20, and sums of some thousand terms differ by rounding.

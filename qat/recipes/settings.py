@@ -66,6 +66,7 @@ class ClassifierSettings(RecipeSettings):
         if self.epochs < 0 or (self.epochs == 0 and not self.pretrained and self.weights is None):
             raise QATError(f"epochs={self.epochs!r}: must be positive, or 0 for a network with weights")
 
+
 def make_parser(kind: type[RecipeSettings], description: str) -> argparse.ArgumentParser:
     """The command line of ``kind``, every setting an option."""
     parser = argparse.ArgumentParser(prog=f"python -m qat.recipes.{kind.recipe}", description=description)
