@@ -89,6 +89,17 @@ def test_entropy_equals_the_loop_on_2048_bins(kind: str) -> None:
     assert float(amax_by_entropy(torch.from_numpy(counts), 1.0, 2048.0)) == 128 + last_minimum(expected)
 
 
+@pytest.mark.parametrize("stray", [1, 3, 20])
+def test_entropy_keeps_the_bulk_of_a_gate(stray: int) -> None:
+    """Values around 0.5 of a sigmoid with a few near 0: the published loop clips all but the strays."""
+    counts = np.zeros(1000, np.int64)
+    counts[130] = stray
+    counts[500:1000] = (1e4 * np.exp(-((np.arange(500) - 250) ** 2) / 5000)).astype(np.int64)
+    assert 128 + last_minimum(np.array(entropy_loop(counts))) < 200
+    amax = int(amax_by_entropy(torch.from_numpy(counts), 1.0, 1000.0))
+    assert counts[:amax].sum() > 0.95 * counts.sum()
+
+
 def test_entropy_of_equal_candidates_takes_the_last() -> None:
     counts = torch.zeros(300, dtype=torch.int64)
     counts[[10, 20]] = 7  # each in a level of its own, nothing clipped: no candidate loses anything
