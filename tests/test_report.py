@@ -32,6 +32,9 @@ from qat.tensorrt import Inspection, inspect
 from qat.tensorrt.inspect import Site
 from qat.tensorrt.layers import EngineLayer, LayerTensor
 
+for package, extra in (("plotly", "report"), ("jinja2", "report"), ("sklearn", "recipes")):
+    pytest.importorskip(package, reason=f"{package} is not installed (pip install -e '.[{extra}]')")
+
 RECORDED = Path(__file__).parent / "recorded"
 HOSTILE = '<img src=x onerror="alert(1)"></script><script>alert(2)</script>{{ 7 * 7 }}%{y}&amp;'
 
