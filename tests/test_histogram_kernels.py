@@ -30,8 +30,9 @@ DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat1
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
-def test_all_in_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize("chosen", ["blocks", pytest.param("atomics", marks=pytest.mark.slow)])
+def test_all_in_tritons_interpreter(chosen):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=600
     )

@@ -39,8 +39,9 @@ def device(request, monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
-def test_all_in_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+@pytest.mark.parametrize("chosen", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+def test_all_in_tritons_interpreter(chosen):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=600
     )
