@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 
 def as_text(renderable: Any, *, width: int = 120) -> str:
@@ -23,3 +25,14 @@ def as_text(renderable: Any, *, width: int = 120) -> str:
     file = io.StringIO()
     Console(file=file, width=width, color_system=None, force_terminal=False, force_jupyter=False).print(renderable)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+class Printed(ABC):
+    """Mixin of results that print as a table."""
+
+    @abstractmethod
+    def __rich__(self) -> Table:
+        """The table."""
+
+    def __str__(self) -> str:
+        return as_text(self)

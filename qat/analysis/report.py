@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,15 +12,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..text import as_text
+from ..text import Printed
 
 
-class Result:
+class Result(Printed):
     """Mixin of the dataclasses that the analyses return."""
 
+    @abstractmethod
     def table(self) -> Table:
         """For a terminal; ``print`` shows the same."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values; what is infinite or NaN is ``None``."""
@@ -31,9 +32,6 @@ class Result:
 
     def __rich__(self) -> Table:
         return self.table()
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 def make_table(

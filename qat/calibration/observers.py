@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,7 @@ class _Repeats:
         return repeated
 
 
-class SiteObserver:
+class SiteObserver(ABC):
     """What both observers share.
 
     Nothing that they do on a GPU waits for it: what they may have to refuse there shows in :func:`settle`.
@@ -49,17 +50,17 @@ class SiteObserver:
         self._log = log
         self._repeats = _Repeats()
 
+    @abstractmethod
     def status(self) -> Tensor | None:
         """What :meth:`settle` has to know: int32, one dimension; ``None`` if nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self, status: Sequence[int]) -> None:
         """Finish what was left open so as not to wait for the device.
 
         Raises:
             QATError: If a NaN or an infinity was seen.
         """
-        raise NotImplementedError
 
     def _saw_data(self) -> None:
         if not self.seen and self._log is not None:

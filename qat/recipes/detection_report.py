@@ -12,7 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ..errors import QATError
+from .report import draw_rows, megabytes
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,8 @@ def make_table(results: Mapping[str, Detected], title: str, caption: str) -> Tab
     base = results["float"]
     for key, r in results.items():
         gains = ["" if key == "float" else f"{100 * (a - b):+.2f}" for a, b in ((r.map50, base.map50), (r.map, base.map))]
-        small = "-" if r.int8_weights_bytes is None else _megabytes(r.int8_weights_bytes)
         figures = [_percent(r.map50, r.map50_stderr), gains[0], _percent(r.map, r.map_stderr), gains[1]]
-        table.add_row(r.label, *figures, _megabytes(r.file_bytes), small, f"{r.cpu_ms:.1f}")
+        table.add_row(r.label, *figures, megabytes(r.file_bytes), megabytes(r.int8_weights_bytes), f"{r.cpu_ms:.1f}")
     return table
 
 
@@ -101,48 +100,27 @@ def _percent(value: float, error: float | None) -> str:
     return f"{100 * value:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f}"
-
-
 def draw(results: Mapping[str, Detected], title: str, path: Path) -> None:
-    """Precision, size and latency of every row as a PNG.
+    """Precision, size and latency of every row as a PNG; raises as :func:`qat.recipes.report.draw_rows`."""
 
-    Raises:
-        QATError: Without matplotlib.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise QATError("the picture needs matplotlib: pip install -e '.[detection]'") from error
-    rows = list(results.values())[::-1]
-    labels = [r.label for r in rows]
-    colors = ["#999999" if key.startswith("float") else "#2b7bba" for key in reversed(list(results))]
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    precision, size, latency = figure.subplots(1, 3, sharey=True)
-    figure.suptitle(title)
-    precision.barh(labels, [100 * r.map50 for r in rows], color=colors, xerr=[100 * (r.map50_stderr or 0) for r in rows])
-    precision.set_xlabel("mAP50, %")
-    size.barh(labels, [(r.int8_weights_bytes or r.file_bytes) / 1e6 for r in rows], color=colors)
-    size.set_xlabel("ONNX file, MB (quantized: int8 weights)")
-    latency.barh(labels, [r.cpu_ms for r in rows], color=colors)
-    latency.set_xlabel("CPU latency of one image, ms")
-    figure.savefig(path, dpi=120)
+    def plot(axes: Any, rows: list[Detected], labels: list[str], colors: list[str]) -> None:
+        axes.barh(labels, [100 * r.map50 for r in rows], color=colors, xerr=[100 * (r.map50_stderr or 0) for r in rows])
+        axes.set_xlabel("mAP50, %")
+
+    draw_rows(results, title, path, plot)
 
 
 def markdown_row(
     results: Mapping[str, Detected], *, data: str, seeds: Sequence[int], test_images: int, command: str
 ) -> dict[str, str]:
     """One row for a collection of results, with the command that made it; by column. Cells: mAP50 / mAP50-95 in %."""
-    small = results["qat"].int8_weights_bytes
     return {
         "data": data,
         "seeds": " ".join(map(str, seeds)),
         "test scenes": str(test_images),
         **{r.label: f"{_percent(r.map50, r.map50_stderr)} / {_percent(r.map, r.map_stderr)}" for r in results.values()},
-        "ONNX MB float / QAT int8 weights": f"{_megabytes(results['float'].file_bytes)} / "
-        + ("-" if small is None else _megabytes(small)),
+        "ONNX MB float / QAT int8 weights": " / ".join(
+            [megabytes(results["float"].file_bytes), megabytes(results["qat"].int8_weights_bytes)]
+        ),
         "command": f"`{command}`",
     }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import nan, sqrt
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from rich import box
 from rich.table import Table
@@ -79,7 +79,7 @@ def make_table(results: Mapping[str, Result], title: str, caption: str, *, balan
         table.add_column(column, justify="right")
     for r in results.values():
         cells = [r.label, _percent(r), *([f"{100 * r.balanced:.2f}"] if balanced else []), f"{100 * r.as_float:.2f}"]
-        table.add_row(*cells, _megabytes(r.file_bytes), _megabytes(r.int8_weights_bytes), _milliseconds(r.cpu_ms))
+        table.add_row(*cells, megabytes(r.file_bytes), megabytes(r.int8_weights_bytes), _milliseconds(r.cpu_ms))
     return table
 
 
@@ -107,7 +107,8 @@ def _percent(result: Result) -> str:
     return f"{100 * result.top1:.2f} ± {100 * result.stderr:.2f}"
 
 
-def _megabytes(size: int | None) -> str:
+def megabytes(size: int | None) -> str:
+    """A size for a table; a dash for none."""
     return "-" if size is None else f"{size / 1e6:.2f}"
 
 
@@ -115,8 +116,32 @@ def _milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def draw(results: Mapping[str, Result], title: str, path: Path) -> None:
-    """Accuracy, size and latency of every row as a PNG.
+class Measured(Protocol):
+    """What the rows of every recipe have; ``None`` where there is no file."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def file_bytes(self) -> int | None: ...
+    @property
+    def int8_weights_bytes(self) -> int | None: ...
+    @property
+    def cpu_ms(self) -> float | None: ...
+
+
+Row = TypeVar("Row", bound=Measured)
+
+
+def draw_rows(
+    results: Mapping[str, Row], title: str, path: Path, plot: Callable[[Any, list[Row], list[str], list[str]], None]
+) -> None:
+    """What ``plot`` shows, size and latency of every row as a PNG.
+
+    Args:
+        results: Rows, by key.
+        title: Above the picture.
+        path: Of the PNG.
+        plot: ``plot(axes, rows, labels, colors)`` draws the first of the three panels.
 
     Raises:
         QATError: Without matplotlib.
@@ -131,17 +156,27 @@ def draw(results: Mapping[str, Result], title: str, path: Path) -> None:
     colors = ["#999999" if key.startswith("float") else "#2b7bba" for key in reversed(list(results))]
     figure = Figure(figsize=(12, 1.6 + 0.36 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    top1, size, latency = figure.subplots(1, 3, sharey=True)
+    first, size, latency = figure.subplots(1, 3, sharey=True)
     figure.suptitle(title)
-    accuracies = [100 * r.top1 for r in rows]
-    top1.errorbar(accuracies, labels, xerr=[100 * r.stderr for r in rows], fmt="none", ecolor="black", capsize=4, zorder=1)
-    top1.scatter(accuracies, labels, c=colors, s=60, zorder=2)
-    top1.set_xlabel("top-1 accuracy, % (bar: standard error)")
-    size.barh(labels, [(r.int8_weights_bytes or r.file_bytes or 0) / 1e6 for r in rows], color=colors)
+    plot(first, rows, labels, colors)
+    # No bar where there is no file.
+    size.barh(labels, [(r.int8_weights_bytes or r.file_bytes or nan) / 1e6 for r in rows], color=colors)
     size.set_xlabel("ONNX file, MB (quantized: int8 weights)")
-    latency.barh(labels, [r.cpu_ms or 0.0 for r in rows], color=colors)
+    latency.barh(labels, [r.cpu_ms or nan for r in rows], color=colors)
     latency.set_xlabel("CPU latency of one image, ms")
     figure.savefig(path, dpi=120)
+
+
+def draw(results: Mapping[str, Result], title: str, path: Path) -> None:
+    """Accuracy, size and latency of every row as a PNG; raises as :func:`draw_rows`."""
+
+    def plot(axes: Any, rows: list[Result], labels: list[str], colors: list[str]) -> None:
+        accuracies = [100 * r.top1 for r in rows]
+        axes.errorbar(accuracies, labels, xerr=[100 * r.stderr for r in rows], fmt="none", ecolor="black", capsize=4, zorder=1)
+        axes.scatter(accuracies, labels, c=colors, s=60, zorder=2)
+        axes.set_xlabel("top-1 accuracy, % (bar: standard error)")
+
+    draw_rows(results, title, path, plot)
 
 
 def markdown_row(
@@ -160,7 +195,7 @@ def markdown_row(
         "test images": str(test_images),
         **{result.label: cell(result) for result in results.values()},
         "ONNX MB float / QAT int8 weights": " / ".join(
-            [_megabytes(results["float"].file_bytes), _megabytes(results["qat"].int8_weights_bytes)]
+            [megabytes(results["float"].file_bytes), megabytes(results["qat"].int8_weights_bytes)]
         ),
         "CPU ms float / QAT": " / ".join(_milliseconds(results[key].cpu_ms) for key in ("float", "qat")),
         "command": f"`{command}`",

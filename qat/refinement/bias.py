@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..errors import QATError
 from ..nn.layers import CONVS, CONVS_TRANSPOSED
 from ..quantizer import switched_off
+from ..text import Printed
 from .passes import Passes, listen, progress_bar, unchanged_on_failure
-from .report import Printed
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from ..modes import evaluating, uncompiled
 from ..nn.layers import is_conv_transposed, is_quantizable
 from ..preparation.check import check_model
 from ..quantizer import quantizers, switched_off
+from ..text import Printed
 from .passes import unchanged_on_failure
-from .report import Printed
 from .wiring import Wiring, observe_wiring
 
 # Powers of two scale floats exactly. Large ones push activations past any bound that a clipping function could have.

@@ -17,8 +17,8 @@ from ..errors import QATError
 from ..nn.layers import CONVS, InterceptedLayer, QuantLayer
 from ..numerics import Format, quantize
 from ..quantizer import State, quantizers
+from ..text import Printed
 from .passes import Passes, listen, progress_bar, unchanged_on_failure
-from .report import Printed
 
 # Equation 23: the stretched sigmoid reaches 0 and 1 exactly (Louizos et al., arXiv 1712.01312).
 _ZETA, _GAMMA = 1.1, -0.1
