@@ -5,11 +5,14 @@
 
 With ``--together`` all processes start and compile side by side, and are measured one after the other when all are ready. Same
 model, images and seed for all: cross entropy, SGD with momentum, random images that stay on the device. Variants whose name
-ends in ``-compiled`` run under ``torch.compile`` with ``qat.compile_options()``, those in ``-default`` without, those in
-``-graphed`` are the eager step replayed as a CUDA graph. ``GPU ms`` is what its kernels take together, without what the host
-takes to start them. ``torch`` has this package's placement, each site a ``torch.fake_quantize_per_tensor_affine`` or
-``_per_channel_affine``; ``modelopt``, ``brevitas`` and ``torchao`` place their own sites, by their defaults for INT8. The
-others are not installed with this package: pip install -e '.[bench]'.
+ends in ``-compiled`` run under ``torch.compile`` with ``qat.compile_options()``, in ``-default`` without; ``@`` and a mode may
+follow, as in ``qat-compiled@reduce-overhead``. Those in ``-graphed`` are the eager step replayed as a CUDA graph.
+
+``ms`` is the median of steps that are each waited for; ``in a row`` a step of many that are not, as a loop of training makes
+them; ``GPU ms`` what the kernels take together, without what the host takes to start them. ``torch`` has this package's
+placement, each site a ``torch.fake_quantize_per_tensor_affine`` or ``_per_channel_affine``; ``modelopt``, ``brevitas`` and
+``torchao`` place their own sites, by their defaults for INT8. The others are not installed with this package:
+pip install -e '.[bench]'.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 VARIANTS = ("float", "qat", "lsq", "torch", "modelopt", "brevitas", "torchao")
@@ -100,6 +104,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.channels_last:
         model, images = model.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
     name, _, how = args.variant.partition("-")
+    how, _, mode = how.partition("@")
     if name != "float":
         model = quantized(model, images, name)
     if name != "torchao":
@@ -108,9 +113,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if how == "compiled":
         import qat
 
-        step_model = torch.compile(model, options=qat.compile_options(args.mode))
+        step_model = torch.compile(model, options=qat.compile_options(mode or None))
     elif how == "default":
-        step_model = torch.compile(model, mode=args.mode)
+        step_model = torch.compile(model, mode=mode or None)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
 
@@ -140,6 +145,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             step()
         run = graph.replay
     if args.wait:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the others need it meanwhile
         print(READY, flush=True)
         sys.stdin.readline()
         # The device may have lowered its clocks meanwhile.
@@ -154,10 +161,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         run()
         wait()
         times.append(1000 * (time.perf_counter() - begin))
+    begin = time.perf_counter()
+    for _ in range(args.steps):
+        run()
+    wait()
+    in_a_row = 1000 * (time.perf_counter() - begin) / args.steps
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     kernels = time_kernels(run) if device.type == "cuda" else {}
-    return {"times": times, "first": first, "peak": peak, "device": where, "torch": torch.__version__, "kernels": kernels}
+    measured = {"times": times, "in_a_row": in_a_row, "first": first, "peak": peak, "kernels": kernels}
+    return {**measured, "device": where, "torch": torch.__version__}
 
 
 def time_kernels(run: Callable[[], None], steps: int = 3) -> dict[str, float]:
@@ -233,7 +246,15 @@ def run(args: argparse.Namespace) -> int:
                     found.setdefault(process.variant, []).append(answer)
                     print(f"{process.variant}: {statistics.median(answer['times']):.1f} ms", file=sys.stderr, flush=True)
     report(args, found, failed)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"found": found, "failed": failed}), encoding="utf-8")
     return 0
+
+
+def ratio_of(times: list[float], base: list[float]) -> str:
+    """The median of the rounds' ratios."""
+    ratios = [a / b for a, b in zip(times, base, strict=False)]
+    return f"{statistics.median(ratios):.3f}" if ratios else ""
 
 
 def report(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], failed: dict[str, str]) -> None:
@@ -244,14 +265,14 @@ def report(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], fai
     some = next(iter(found.values()))[0]
     layout = ", channels-last" if args.channels_last else ""
     print(f"{args.model}, batch {args.batch}, {args.size} px, {args.amp}{layout}; {some['device']}, torch {some['torch']}\n")
-    print(
-        "| step | ms | to float | GPU ms | to float | peak GiB | to float | first step s |\n|---|---|---|---|---|---|---|---|"
-    )
+    heads = ("step", "ms", "to float", "in a row", "to float", "GPU ms", "to float", "peak GiB", "to float", "first step s")
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     medians = {variant: [statistics.median(one["times"]) for one in rounds] for variant, rounds in found.items()}
     for variant, rounds in found.items():
         base = "-".join(["float", *variant.split("-")[1:]])
-        ratios = [a / b for a, b in zip(medians[variant], medians.get(base, []), strict=False)]
-        ratio = f"{statistics.median(ratios):.3f}" if ratios else ""
+        ratio = ratio_of(medians[variant], medians.get(base, []))
+        row = [one["in_a_row"] for one in rounds]
+        rows = [f"{statistics.median(row):.1f}", ratio_of(row, [one["in_a_row"] for one in found.get(base, [])])]
         peaks = [found[name][0]["peak"] if name in found else None for name in (variant, base)]
         memory = ["" if peaks[0] is None else f"{peaks[0]:.2f}", "" if None in peaks else f"{peaks[0] / peaks[1]:.2f}"]
         first = statistics.median(one["first"] for one in rounds)
@@ -259,7 +280,7 @@ def report(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], fai
             statistics.median([sum(one["kernels"].values()) for one in found.get(name, [])] or [0]) for name in (variant, base)
         ]
         busy = [f"{gpu[0]:.1f}" if gpu[0] else "", f"{gpu[0] / gpu[1]:.3f}" if gpu[1] else ""]
-        cells = [variant, f"{statistics.median(medians[variant]):.1f}", ratio, *busy, *memory, f"{first:.1f}"]
+        cells = [variant, f"{statistics.median(medians[variant]):.1f}", ratio, *rows, *busy, *memory, f"{first:.1f}"]
         print(f"| {' | '.join(cells)} |")
     for variant, rounds in found.items() if args.kernels else ():
         print(f"\n{variant}, ms a step")
@@ -269,7 +290,7 @@ def report(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], fai
         print(f"\n{variant} failed: {why}")
 
 
-SETTINGS = ("model", "batch", "size", "classes", "device", "amp", "mode", "threads", "steps", "warm_up", "seed")
+SETTINGS = ("model", "batch", "size", "classes", "device", "amp", "threads", "steps", "warm_up", "seed")
 
 
 def main() -> int:
@@ -282,21 +303,22 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--amp", choices=("none", "bf16", "fp16"), default="none")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--mode", help="of torch.compile")
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--steps", type=int, default=20, help="measured ones")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before those, behind the first")
     parser.add_argument("--rounds", type=int, default=1, help="processes a variant")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kernels", type=int, default=0, help="show the so many longest kernels of each variant")
+    parser.add_argument("--json", help="file for all that was measured, every kernel's time too")
     parser.add_argument("--together", action="store_true", help="start all at once, and measure when all are ready")
     parser.add_argument("--wait", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", dest="variant", help="measure this variant here, and print JSON")
     args = parser.parse_args()
-    unknown = [name for name in args.variants if re.sub("-(compiled|default|graphed)$", "", name) not in VARIANTS]
+    unknown = [name for name in args.variants if re.sub("-((compiled|default)(@[a-z-]+)?|graphed)$", "", name) not in VARIANTS]
     if unknown:
         parser.error(
-            f"no variant {unknown[0]}; choose from {', '.join(VARIANTS)}, each also with -compiled, -default or -graphed behind"
+            f"no variant {unknown[0]}; choose from {', '.join(VARIANTS)}, each also with -compiled or -default (and @MODE) "
+            "or -graphed behind"
         )
     if args.variant:
         print(json.dumps(measure(args)))

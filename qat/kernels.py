@@ -171,12 +171,15 @@ def _add(
     y, size = torch.empty_like(a), a.numel()
     a_mask = _empty_mask(a) if with_masks else None
     b_mask = _empty_mask(a) if with_masks and b_amax is not None else None
+    masks = y if a_mask is None else a_mask, y if b_mask is None else b_mask
     _launch(
-        _triton().add_kernel, _blocks(size), a,
-        a, a_amax, b, a_amax if b_amax is None else b_amax, y,
-        y if a_mask is None else a_mask, y if b_mask is None else b_mask, size,
-        fmt.qmin, fmt.qmax, SCALE_MIN, b_amax is not None, with_masks, _WORDS, enable_fp_fusion=False,
-    )  # fmt: skip
+        _triton().add_kernel,
+        _blocks(size),
+        (a, a_amax, b, a_amax if b_amax is None else b_amax, y, *masks),
+        (size,),
+        (fmt.qmin, fmt.qmax, SCALE_MIN, b_amax is not None, with_masks, _WORDS),
+        enable_fp_fusion=False,
+    )
     return y, a_mask, b_mask
 
 
@@ -196,15 +199,41 @@ def clip(grad: Tensor, mask: Tensor, x: Tensor) -> Tensor:
 def forward_rows(weight: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
     """What :func:`fake_quantize_weight` gives, in ``dtype``, for a weight that :func:`quantizes_rows`."""
     y = torch.empty_like(weight, dtype=dtype)
-    size = weight.numel() // weight.shape[0]
-    block = min(max(1 << (size - 1).bit_length(), _SMALLEST_BLOCK), _BLOCK)
-    _launch(_triton().weight_kernel, weight.shape[0], weight, weight, y, size, SCALE_MIN, fmt.qmin, fmt.qmax, block)
+    rows, size, block = _rows(weight)
+    _launch(_triton().weight_kernel, rows, (weight, y), (size,), (fmt.qmin, fmt.qmax, SCALE_MIN, block))
     return y
+
+
+def forward_both(
+    x: Tensor, amax: Tensor, fmt: Format, weight: Tensor, weight_fmt: Format, dtype: torch.dtype, *, with_mask: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """:func:`forward` of ``x`` and :func:`forward_rows` of ``weight``, in one launch."""
+    y, v = torch.empty_like(x, dtype=dtype), torch.empty_like(weight, dtype=dtype)
+    if not _is_dense(x):
+        x = _dense(x, y)
+    mask = _empty_mask(x) if with_mask else None
+    size = x.numel()
+    rows, row_size, block = _rows(weight)
+    _launch(
+        _triton().layer_kernel,
+        rows + _blocks(size),
+        (x, amax, y, y if mask is None else mask, weight, v),
+        (size, rows, row_size),
+        (fmt.qmin, fmt.qmax, weight_fmt.qmin, weight_fmt.qmax, SCALE_MIN, with_mask, _WORDS, block),
+    )
+    return y, mask, v
+
+
+def _rows(weight: Tensor) -> tuple[int, int, int]:
+    """How many channels a weight has, their size, and how many elements of one a program takes at once."""
+    rows = weight.shape[0]
+    size = weight.numel() // rows
+    return rows, size, min(max(1 << (size - 1).bit_length(), _SMALLEST_BLOCK), _BLOCK)
 
 
 def _clip(grad: Tensor, mask: Tensor, out: Tensor) -> None:
     size = grad.numel()
-    _launch(_triton().clip_kernel, _blocks(size), grad, grad, mask, out, size, _WORDS)
+    _launch(_triton().clip_kernel, _blocks(size), (grad, mask, out), (size,), (_WORDS,))
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
@@ -215,13 +244,43 @@ def _dense(x: Tensor, like: Tensor) -> Tensor:
     return x if same else torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
-def _launch(kernel: Any, programs: int, x: Tensor, *args: Any, **options: Any) -> None:
-    """Start ``programs`` of a kernel on the device of ``x``, which mostly is the current one."""
-    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-        kernel[(programs,)](*args, **options)
-    else:
+def _launch(
+    kernel: Any, programs: int, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], constants: tuple[Any, ...], **options: Any
+) -> None:
+    """Start ``programs`` of a kernel on the device of its first tensor.
+
+    Args:
+        kernel: Of :mod:`qat.triton_kernels`; its parameters are the following, in their order.
+        programs: How many, at least one.
+        tensors: Pointers.
+        sizes: Integers.
+        constants: What the kernel is compiled for.
+        options: Of Triton.
+    """
+    x = tensors[0]
+    if not x.is_cuda:
+        kernel[(programs,)](*tensors, *sizes, *constants, **options)
+        return
+    device = x.get_device()
+    if device != torch.cuda.current_device():
         with torch.cuda.device_of(x):
-            kernel[(programs,)](*args, **options)
+            _launch(kernel, programs, tensors, sizes, constants, **options)
+        return
+    # What Triton compiles a kernel for, besides the constants. It finds all of that out itself, but takes as long as the GPU
+    # takes for a small layer.
+    kind = device, constants, *[(t.dtype, t.data_ptr() & 15) for t in tensors], *[(n == 1, n & 15 == 0, n >> 31) for n in sizes]
+    compiled = _compiled(kernel)
+    known = compiled.get(kind)
+    if known is None:
+        compiled[kind] = kernel[(programs,)](*tensors, *sizes, *constants, **options)
+    else:
+        known[(programs, 1, 1)](*tensors, *sizes, *constants)
+
+
+@functools.cache
+def _compiled(kernel: Any) -> dict[tuple[Any, ...], Any]:
+    """What a kernel was compiled to, by the kinds of its arguments."""
+    return {}
 
 
 def _blocks(size: int) -> int:
@@ -242,10 +301,12 @@ def _forward(
     else:
         range_, period, channels = range_.contiguous(), y.stride(axis), y.shape[axis]
     _launch(
-        _triton().quantize_kernel, _blocks(size), x,
-        x, range_, y, y if mask is None else mask, size, period, channels,
-        fmt.qmin, fmt.qmax, scale_min, axis is not None, with_mask, _WORDS,
-    )  # fmt: skip
+        _triton().quantize_kernel,
+        _blocks(size),
+        (x, range_, y, y if mask is None else mask),
+        (size, period, channels),
+        (fmt.qmin, fmt.qmax, scale_min, axis is not None, with_mask, _WORDS),
+    )
     return y, mask
 
 
@@ -275,7 +336,7 @@ class _FakeQuantizeAdd(torch.autograd.Function):
             _clip(dense, a_mask, a_grad)
             return a_grad, grad, None, None, None
         b_grad, size = torch.empty_like(a_grad), grad.numel()
-        _launch(_triton().add_backward_kernel, _blocks(size), grad, dense, a_mask, b_mask, a_grad, b_grad, size, _WORDS)
+        _launch(_triton().add_backward_kernel, _blocks(size), (dense, a_mask, b_mask, a_grad, b_grad), (size,), (_WORDS,))
         return a_grad, b_grad, None, None, None
 
 
@@ -322,8 +383,6 @@ class _FakeQuantize(torch.autograd.Function):
         size = grad.numel()
         sums = torch.empty(_blocks(size), dtype=torch.float32, device=x.device)
         fmt = ctx.fmt
-        _launch(
-            _triton().learned_kernel, _blocks(size), grad,
-            grad, _dense(x, out), scale, out, sums, size, fmt.qmin, fmt.qmax, _BLOCK,
-        )  # fmt: skip
+        tensors = grad, _dense(x, out), scale, out, sums
+        _launch(_triton().learned_kernel, _blocks(size), tensors, (size,), (fmt.qmin, fmt.qmax, _BLOCK))
         return out, sums.sum().reshape(scale.shape) * ctx.factor, None, None, None

@@ -16,26 +16,29 @@ FAST_HISTOGRAM = tuple(int(part) for part in triton.__version__.split(".")[:2]) 
 
 @triton.jit
 def _code(x, scale, QMIN: tl.constexpr, QMAX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``round(x / scale)``, half to even, right within the range and beyond it outside; signs of zeros as torch.round has them.
-
-    Without a division for each element: by IEEE's rules that is a subroutine where ``x`` is zero, as half of what leaves a ReLU
-    is. An approximate quotient says next to which tie the right one lies, and the remainder there on which side of it. That is
-    exact in float32: the tie has 9 significant bits, and the scale is split into halves of 12 bits (Dekker 1971), so each
-    product fits into 24, with or without fused multiply-add.
-    """
-    one = tl.zeros(scale.shape, tl.float32) + 1.0
-    about = x * tl.div_rn(one, scale)
-    about = _clamp(about, QMIN - 1.0, QMAX + 1.0)
-    nearest = _to_integer(about)
-    half = ((about - nearest).to(tl.int32, bitcast=True) & -2147483648) | 1056964608  # 0.5 with that sign
-    tie = nearest + half.to(tl.float32, bitcast=True)
-    high = (scale.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
-    rest = (x - tie * high) - tie * (scale - high)
-    # A quotient nearer to the tie than half a unit in its last place rounds to the tie itself, and that to even.
-    near = (tie.to(tl.int32, bitcast=True) & 2139095040).to(tl.float32, bitcast=True) * (scale * 5.9604644775390625e-08)
-    code = _to_integer(tie + tl.where(rest > near, 0.25, tl.where(rest < -near, -0.25, 0.0)))
+    """``round(x / scale)``, half to even, right within the range and beyond it outside; zeros have the signs of torch.round."""
+    code = _to_integer(_quotient(x, scale, QMIN, QMAX))
     sign = x.to(tl.int32, bitcast=True) & -2147483648
     return ((code.to(tl.int32, bitcast=True) & 2147483647) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _quotient(x, scale, QMIN: tl.constexpr, QMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``x / scale``, correctly rounded within the range, and beyond it outside.
+
+    Without a division for each element: by IEEE's rules that is a subroutine where ``x`` is zero, as half of what leaves a ReLU
+    is. A product with the reciprocal is right up to two units in the last place, a first remainder makes it right up to one,
+    and from there on the second gives the correctly rounded quotient (Markstein, IBM J. Res. Dev. 34(1), 1990).
+    """
+    inverse = tl.div_rn(tl.zeros(scale.shape, tl.float32) + 1.0, scale)
+    # Infinities have no remainder.
+    low = tl.maximum(scale * (QMIN - 1.0), tl.full(scale.shape, -3.4028234663852886e38, tl.float32))
+    high = tl.minimum(scale * (QMAX + 1.0), tl.full(scale.shape, 3.4028234663852886e38, tl.float32))
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+    about = x * inverse
+    about = tl.fma(tl.fma(-about, scale, x), inverse, about)
+    return tl.fma(tl.fma(-about, scale, x), inverse, about)
 
 
 @triton.jit
@@ -62,9 +65,9 @@ def _scale(range_ptr, SCALE_MIN: tl.constexpr, QMAX: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _words(size, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the block of this program, as rows of 32: its start, the offsets of its elements from there, and which there are."""
-    start = tl.program_id(0).to(tl.int64) * (WORDS * 32)
+def _words(block, size, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a block, as rows of 32: its start, the offsets of its elements from there, and which there are."""
+    start = block.to(tl.int64) * (WORDS * 32)
     # From the start on in 32 bits: arithmetic in 64 takes twice as long.
     at = tl.arange(0, WORDS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     return start, at, at < tl.minimum(size - start, WORDS * 32).to(tl.int32)
@@ -77,7 +80,19 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     WORDS: tl.constexpr,
 ):  # fmt: skip
     """``y = clamp(round(x / scale)) * scale``; one bit an element into the words of ``mask``: whether it was in the range."""
-    start, at, valid = _words(size, WORDS)
+    _quantize_block(
+        tl.program_id(0), x_ptr, range_ptr, y_ptr, mask_ptr, size, period, channels,
+        QMIN, QMAX, SCALE_MIN, PER_CHANNEL, MASK, WORDS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _quantize_block(  # type: ignore[no-untyped-def]
+    block, x_ptr, range_ptr, y_ptr, mask_ptr, size, period, channels,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, PER_CHANNEL: tl.constexpr, MASK: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    start, at, valid = _words(block, size, WORDS)
     x = tl.load(x_ptr + start + at, valid, other=0.0).to(tl.float32)
     if PER_CHANNEL:
         # The channels of what lies beyond the end exist, too.
@@ -116,7 +131,7 @@ def add_kernel(  # type: ignore[no-untyped-def]
     QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, B: tl.constexpr, MASK: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """``y = q(a) + q(b)``, or ``q(a) + b`` without ``B``. To be launched without fused multiply-add: ``q`` is rounded first."""
-    start, at, valid = _words(size, WORDS)
+    start, at, valid = _words(tl.program_id(0), size, WORDS)
     a, a_inside = _quantized(a_ptr + start, a_range_ptr, at, valid, QMIN, QMAX, SCALE_MIN)
     words = start // 32 + tl.arange(0, WORDS)
     if B:
@@ -135,7 +150,7 @@ def add_backward_kernel(  # type: ignore[no-untyped-def]
     grad_ptr, a_mask_ptr, b_mask_ptr, a_out_ptr, b_out_ptr, size, WORDS: tl.constexpr
 ):
     """The gradient by both masks: one read, two writes."""
-    start, at, valid = _words(size, WORDS)
+    start, at, valid = _words(tl.program_id(0), size, WORDS)
     words = start // 32 + tl.arange(0, WORDS)
     grad = tl.load(grad_ptr + start + at, valid, other=0.0)
     a_bits = tl.load(a_mask_ptr + words, words * 32 < size, other=0)[:, None] >> tl.arange(0, 32)[None, :]
@@ -147,7 +162,7 @@ def add_backward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def clip_kernel(grad_ptr, mask_ptr, out_ptr, size, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """``grad`` where the bit of ``mask`` is set, else 0."""
-    start, at, valid = _words(size, WORDS)
+    start, at, valid = _words(tl.program_id(0), size, WORDS)
     words = start // 32 + tl.arange(0, WORDS)
     bits = tl.load(mask_ptr + words, words * 32 < size, other=0)[:, None] >> tl.arange(0, 32)[None, :]
     grad = tl.load(grad_ptr + start + at, valid, other=0.0)
@@ -165,8 +180,8 @@ def learned_kernel(  # type: ignore[no-untyped-def]
     x = tl.load(x_ptr + at, valid, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, valid, other=0.0)
     scale = tl.load(scale_ptr + tl.arange(0, 1))
-    ratio = x * tl.div_rn(tl.zeros((1,), tl.float32) + 1.0, scale)
-    code = _code(x, scale, QMIN, QMAX)
+    ratio = _quotient(x, scale, QMIN, QMAX)
+    code = _to_integer(ratio)
     clamped = _clamp(code, QMIN * 1.0, QMAX * 1.0)
     inside = code == clamped
     tl.store(out_ptr + at, tl.where(inside, grad, 0.0).to(out_ptr.dtype.element_ty), valid)
@@ -176,10 +191,17 @@ def learned_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def weight_kernel(  # type: ignore[no-untyped-def]
-    w_ptr, y_ptr, size, SCALE_MIN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK: tl.constexpr
+    w_ptr, y_ptr, size, QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One output channel a program: its largest magnitude, and the channel quantized with the scale that follows from it."""
-    row = tl.program_id(0).to(tl.int64) * size
+    _quantize_row(tl.program_id(0), w_ptr, y_ptr, size, QMIN, QMAX, SCALE_MIN, BLOCK)
+
+
+@triton.jit
+def _quantize_row(  # type: ignore[no-untyped-def]
+    index, w_ptr, y_ptr, size, QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = index.to(tl.int64) * size
     amax = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -195,6 +217,22 @@ def weight_kernel(  # type: ignore[no-untyped-def]
         code = _code(w, scale, QMIN, QMAX)
         clamped = _clamp(code, QMIN * 1.0, QMAX * 1.0)
         tl.store(y_ptr + row + at, (clamped * scale).to(y_ptr.dtype.element_ty), at < size)
+
+
+@triton.jit
+def layer_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, range_ptr, y_ptr, mask_ptr, w_ptr, v_ptr, size, rows, row_size,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, W_QMIN: tl.constexpr, W_QMAX: tl.constexpr, SCALE_MIN: tl.constexpr,
+    MASK: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Both operands of a layer: :func:`weight_kernel` by the first ``rows`` programs, :func:`quantize_kernel` by the others."""
+    program = tl.program_id(0)
+    if program < rows:
+        _quantize_row(program, w_ptr, v_ptr, row_size, W_QMIN, W_QMAX, SCALE_MIN, BLOCK)
+    else:
+        _quantize_block(
+            program - rows, x_ptr, range_ptr, y_ptr, mask_ptr, size, 1, 1, QMIN, QMAX, SCALE_MIN, False, MASK, WORDS
+        )
 
 
 @triton.jit

@@ -40,18 +40,21 @@ def gradients(model, x, grad_seed=1):
 
 @pytest.fixture
 def always(monkeypatch):
-    """Recompute on the CPU, too."""
+    """Recompute on the CPU, too, and inputs of every size."""
     monkeypatch.setattr(recompute, "pays", lambda x: torch.is_grad_enabled() and not qat.kernels.is_transformed())
+    monkeypatch.setattr(recompute, "_KEPT", 0)
 
 
 def images(shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("kept", [0, 2**25])
 @pytest.mark.parametrize("learn_scales", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(("layer", "shape"), CONVS.values(), ids=CONVS)
-def test_outputs_and_gradients_are_the_same(layer, shape, autocast, learn_scales, monkeypatch):
+def test_outputs_and_gradients_are_the_same(layer, shape, autocast, learn_scales, kept, monkeypatch):
+    monkeypatch.setattr(recompute, "_KEPT", kept)
     x = images(shape)
     model = prepared(layer, x, learn_scales)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -93,6 +96,17 @@ def test_a_chain_keeps_no_quantized_activation(always, monkeypatch):
     kept = saved_bytes(model, x)
     # One activation less for every layer that a ReLU feeds; nothing else keeps the input of the first.
     assert kept - recomputed == 3 * x.nbytes
+
+
+def test_small_inputs_are_kept(always, monkeypatch):
+    x = images((4, 8, 16, 16))
+    model = prepared(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)), x)
+    sizes = []
+    for kept in (x.nbytes, x.nbytes - 1):
+        monkeypatch.setattr(recompute, "_KEPT", kept)
+        sizes.append(saved_bytes(model, x))
+    # One beside the ReLU's; that of the first layer is kept instead of the image.
+    assert sizes[0] - sizes[1] == x.nbytes
 
 
 def test_checkpointing_saves_what_it_is_asked_to(always):
