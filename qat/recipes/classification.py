@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ def measure(
         latency = cpu_latency({key: files[key] for key in rows if key in files}, _images(data, 1).numpy())
         advance()
         for key, label in rows.items():
-            found = predict_onnx(files[key], batches) if key in files else predict_torch(models[key], batches)
+            found = predict_onnx(files[key], batches) if key in files else _predict(models[key], batches, device_of(settings))
             predicted[key] = data.settled(found[0])
             hits, small = accuracy(predicted[key], found[1]), files.get(f"{key}_int8")
             results[key] = Result(
@@ -249,10 +249,9 @@ def _float_parity(model: nn.Module, path: Path, images: Tensor) -> dict[str, Any
 
 def validate(models: Mapping[str, nn.Module], data: ImageData, settings: ClassifierSettings) -> dict[str, dict[str, float]]:
     """Share of the validation images that each model classifies right, where they have labels, and as the float one does."""
-    device, found = device_of(settings), {}
+    found = {}
     for name, model in models.items():
-        found[name] = predict_torch(model.to(device), data.loader(data.val, 4 * settings.batch_size))
-        model.cpu()
+        found[name] = _predict(model, data.loader(data.val, 4 * settings.batch_size), device_of(settings))
     reference, labels_ = found["float"]
     return {
         name: {
@@ -261,6 +260,15 @@ def validate(models: Mapping[str, nn.Module], data: ImageData, settings: Classif
         }
         for name, (predicted, _) in found.items()
     }
+
+
+def _predict(
+    model: nn.Module, batches: Iterable[tuple[Any, Any]], device: torch.device
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Predicted classes and labels, by a model that is on the CPU before and after and runs on ``device``."""
+    found = predict_torch(model.to(device), batches)
+    model.cpu()
+    return found
 
 
 def _images(data: ImageData, count: int) -> Tensor:
