@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import numerics
-from .numerics import INT8, SCALE_MIN, Format, check_scale, lsq_factor
+from .numerics import INT8, SCALE_MIN, Format, check_scale
 
 _BLOCK = 4096
 # Bits in a word of a mask, and words of a block.
@@ -29,8 +29,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def fake_quantize(x: Tensor, scale: Tensor, *, axis: int | None = None, fmt: Format = INT8) -> Tensor:
     """:func:`qat.numerics.fake_quantize`, with the same arguments, result and errors."""
-    # Learned ranges of weights: too few elements to be worth kernels of their own.
-    if not runs_triton(x, scale) or (scale.requires_grad and axis is not None):
+    if not runs_triton(x, scale) or not _learns(x, scale, axis):
         return numerics.fake_quantize(x, scale, axis=axis, fmt=fmt)
     check_scale(x, scale, axis)
     return _run(x, scale, axis, fmt, 0.0)
@@ -52,7 +51,7 @@ def fake_quantize_range(
     if torch.compiler.is_compiling():
         y = numerics.traced_fake_quantize(x, amax, axis, fmt)
         return y if dtype is None else y.to(dtype)
-    if amax.requires_grad or not runs_triton(x, amax):
+    if not runs_triton(x, amax) or not _learns(x, amax, axis):
         scale = numerics.learned_scale(amax, fmt) if amax.requires_grad else numerics.amax_to_scale(amax, fmt)
         y = fake_quantize(x, scale, axis=axis, fmt=fmt)
         return y if dtype is None else y.to(dtype)
@@ -60,6 +59,13 @@ def fake_quantize_range(
     if dtype is not None:
         return _forward(x, amax, axis, fmt, SCALE_MIN, dtype, with_mask=False)[0]
     return _run(x, amax, axis, fmt, SCALE_MIN)
+
+
+def _learns(x: Tensor, range_: Tensor, axis: int | None) -> bool:
+    """Whether there is a kernel for the gradient of the range, if it needs one."""
+    if axis is None or not range_.requires_grad or not torch.is_grad_enabled():
+        return True
+    return axis % x.ndim == 0 and has_rows(x)
 
 
 @functools.cache
@@ -290,6 +296,12 @@ def _blocks(size: int) -> int:
 def _forward(
     x: Tensor, range_: Tensor, axis: int | None, fmt: Format, scale_min: float, dtype: torch.dtype, *, with_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
+    if not with_mask and axis is not None and axis % x.ndim == 0 and has_rows(x):
+        y = torch.empty_like(x, dtype=dtype)
+        rows, size, block = _rows(x)
+        constants = fmt.qmin, fmt.qmax, scale_min, block
+        _launch(_triton().rows_kernel, rows, (x, range_.contiguous(), y), (size,), constants)
+        return y, None
     # Where x has gaps or overlaps, a result of that layout has none.
     y = torch.empty_like(x, dtype=dtype)
     if not _is_dense(x):
@@ -351,7 +363,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """One kernel forward and one backward. ``range_`` is a scale, and may be learned, where ``scale_min`` is 0.
+    """One kernel forward and one backward. ``range_`` is a scale where ``scale_min`` is 0.
 
     Forward and its context are one method, since apart they cost 70 microseconds a call: torch binds the arguments anew.
     """
@@ -361,10 +373,9 @@ class _FakeQuantize(torch.autograd.Function):
         learned = ctx.needs_input_grad[1]
         y, mask = _forward(x, range_, axis, fmt, scale_min, x.dtype, with_mask=not learned)
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.fmt, ctx.learned = (y.shape, y.stride()), fmt, learned
+        ctx.layout, ctx.plan = (y.shape, y.stride()), (axis, fmt, scale_min)
         if learned:
             ctx.save_for_backward(x, range_)
-            ctx.factor = lsq_factor(x, range_, fmt)
         else:
             ctx.save_for_backward(mask)
         return y
@@ -376,13 +387,27 @@ class _FakeQuantize(torch.autograd.Function):
             return None, None, None, None, None
         out = torch.empty_strided(*ctx.layout, dtype=grad.dtype, device=grad.device)
         grad = _dense(grad, out)
-        if not ctx.learned:
+        if len(ctx.saved_tensors) == 1:
             _clip(grad, ctx.saved_tensors[0], out)
             return out, None, None, None, None
-        x, scale = ctx.saved_tensors
-        size = grad.numel()
-        sums = torch.empty(_blocks(size), dtype=torch.float32, device=x.device)
-        fmt = ctx.fmt
-        tensors = grad, _dense(x, out), scale, out, sums
-        _launch(_triton().learned_kernel, _blocks(size), tensors, (size,), (fmt.qmin, fmt.qmax, _BLOCK))
-        return out, sums.sum().reshape(scale.shape) * ctx.factor, None, None, None
+        x, range_ = ctx.saved_tensors
+        return out, _learned_backward(grad, _dense(x, out), range_, out, *ctx.plan), None, None, None
+
+
+def _learned_backward(
+    grad: Tensor, x: Tensor, range_: Tensor, out: Tensor, axis: int | None, fmt: Format, scale_min: float
+) -> Tensor:
+    """Write the gradient of ``x`` to ``out``; that of the range."""
+    tensors = grad, x, range_.contiguous()
+    found = torch.empty_like(tensors[2])
+    constants = fmt.qmin, fmt.qmax, scale_min
+    if axis is not None:
+        rows, size, block = _rows(x)
+        _launch(_triton().learned_rows_kernel, rows, (*tensors, out, found), (size,), (*constants, block))
+        return found.view(range_.shape)
+    size = grad.numel()
+    count = _blocks(size)
+    sums = torch.empty(count, dtype=torch.float32, device=x.device)
+    _launch(_triton().learned_kernel, count, (*tensors, out, sums), (size,), (*constants, _BLOCK))
+    _launch(_triton().range_gradient_kernel, 1, (sums, range_, found), (count, size), (fmt.qmax, scale_min, _BLOCK))
+    return found.view(range_.shape)

@@ -171,22 +171,83 @@ def clip_kernel(grad_ptr, mask_ptr, out_ptr, size, WORDS: tl.constexpr):  # type
 
 @triton.jit
 def learned_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, x_ptr, scale_ptr, out_ptr, sums_ptr, size,
-    QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, x_ptr, range_ptr, out_ptr, sums_ptr, size,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of ``x``, and of one scale: the sum of a block each, which another launch adds up in a fixed order."""
+    """The gradient of ``x``, and of one scale: the sum of a block each, which ``range_gradient_kernel`` adds up in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = at < size
+    scale = _scale(range_ptr + tl.arange(0, 1), SCALE_MIN, QMAX)
+    products = _learned_block(grad_ptr, x_ptr, out_ptr, at, at < size, scale, QMIN, QMAX)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(products, 0))
+
+
+@triton.jit
+def _learned_block(  # type: ignore[no-untyped-def]
+    grad_ptr, x_ptr, out_ptr, at, valid, scale, QMIN: tl.constexpr, QMAX: tl.constexpr
+):
+    """Store the gradient of a block of ``x``; what its elements add to that of the scale (LSQ, equation 3)."""
     x = tl.load(x_ptr + at, valid, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, valid, other=0.0)
-    scale = tl.load(scale_ptr + tl.arange(0, 1))
     ratio = _quotient(x, scale, QMIN, QMAX)
     code = _to_integer(ratio)
     clamped = _clamp(code, QMIN * 1.0, QMAX * 1.0)
     inside = code == clamped
     tl.store(out_ptr + at, tl.where(inside, grad, 0.0).to(out_ptr.dtype.element_ty), valid)
     slope = clamped - tl.where(inside, ratio, 0.0)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(valid, grad.to(tl.float32) * slope, 0.0), 0))
+    return tl.where(valid, grad.to(tl.float32) * slope, 0.0)
+
+
+@triton.jit
+def range_gradient_kernel(  # type: ignore[no-untyped-def]
+    sums_ptr, range_ptr, out_ptr, count, size, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The gradient of a range of ``size`` elements from its ``count`` sums, by one program, in a fixed order."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(sums_ptr + at, at < count, other=0.0)
+    one = tl.arange(0, 1)
+    tl.store(
+        out_ptr + one, _range_gradient(tl.sum(total, 0) + tl.zeros((1,), tl.float32), range_ptr + one, size, QMAX, SCALE_MIN)
+    )
+
+
+@triton.jit
+def _range_gradient(total, range_ptr, size, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """By LSQ's factor, section 2.2; of a range, where ``SCALE_MIN`` is not 0, as ``numerics.learned_scale`` has it."""
+    # In float32: a product of integers might not fit.
+    total = total / tl.sqrt((tl.zeros(total.shape, tl.float32) + size) * QMAX)
+    if SCALE_MIN > 0:
+        amax = tl.load(range_ptr)
+        moves = (tl.abs(amax) >= QMAX * SCALE_MIN) | (total < 0)
+        total = tl.where(moves, tl.where(amax < 0, -total, total) * QMAX, 0.0)
+    return total
+
+
+@triton.jit
+def learned_rows_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr, x_ptr, range_ptr, out_ptr, range_out_ptr, size,
+    QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one channel a program, and of its range."""
+    row = tl.program_id(0).to(tl.int64)
+    one = row + tl.arange(0, 1)
+    scale = _scale(range_ptr + one, SCALE_MIN, QMAX)
+    products = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        products += _learned_block(grad_ptr, x_ptr, out_ptr, row * size + at, at < size, scale, QMIN, QMAX)
+    total = tl.sum(products, 0) + tl.zeros((1,), tl.float32)
+    tl.store(range_out_ptr + one, _range_gradient(total, range_ptr + one, size, QMAX, SCALE_MIN))
+
+
+@triton.jit
+def rows_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, range_ptr, y_ptr, size, QMIN: tl.constexpr, QMAX: tl.constexpr, SCALE_MIN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One channel a program, quantized with its range."""
+    row = tl.program_id(0).to(tl.int64)
+    _round_row(row, x_ptr, y_ptr, size, _scale(range_ptr + row + tl.arange(0, 1), SCALE_MIN, QMAX), QMIN, QMAX, BLOCK)
 
 
 @triton.jit
@@ -211,12 +272,17 @@ def _quantize_row(  # type: ignore[no-untyped-def]
     top = tl.reduce(amax, 0, _maximum) + tl.zeros((1,), tl.float32)
     least = tl.zeros((1,), tl.float32) + SCALE_MIN
     scale = tl.maximum(tl.div_rn(top, tl.zeros((1,), tl.float32) + QMAX), least, propagate_nan=tl.PropagateNan.ALL)
+    _round_row(index.to(tl.int64), w_ptr, y_ptr, size, scale, QMIN, QMAX, BLOCK)
+
+
+@triton.jit
+def _round_row(row, w_ptr, y_ptr, size, scale, QMIN: tl.constexpr, QMAX: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        w = tl.load(w_ptr + row + at, at < size, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + row * size + at, at < size, other=0.0).to(tl.float32)
         code = _code(w, scale, QMIN, QMAX)
         clamped = _clamp(code, QMIN * 1.0, QMAX * 1.0)
-        tl.store(y_ptr + row + at, (clamped * scale).to(y_ptr.dtype.element_ty), at < size)
+        tl.store(y_ptr + row * size + at, (clamped * scale).to(y_ptr.dtype.element_ty), at < size)
 
 
 @triton.jit

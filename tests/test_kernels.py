@@ -59,6 +59,7 @@ LAYOUTS = {
     "with gaps": lambda x: x[:, :, ::2, 1:],
     "expanded": lambda x: x[:, :1].expand(-1, 5, -1, -1),
     "many blocks": lambda x: x.repeat(4, 2, 3, 3),
+    "long rows": lambda x: x.repeat(1, 2, 3, 3),
 }
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-30, -1e-30, 6.35, 6.375, -6.4, -6.425, 1e30]
 
@@ -106,15 +107,54 @@ def test_kernels_give_the_bits_of_the_composite(device, layout, axis, fmt):
 
 
 @on_all
-@pytest.mark.parametrize("layout", ["vector", "channels-last", "with gaps", "many blocks"])
-def test_gradient_of_a_learned_scale_is_that_of_the_composite(device, layout):
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("layout", ["one element", "vector", "channels-last", "with gaps", "many blocks", "long rows"])
+def test_gradient_of_a_learned_scale_is_that_of_the_composite(device, layout, axis):
     x = LAYOUTS[layout](values(*device)).nan_to_num(1.0, 100.0, -100.0)
-    scale = torch.tensor(0.05, device=x.device, requires_grad=True)
+    if axis is not None and axis >= x.ndim:
+        pytest.skip("has no such dimension")
+    scale = torch.tensor(0.05) if axis is None else torch.linspace(0.02, 0.09, x.shape[axis])
+    scale = scale.to(x.device).requires_grad_()
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
-    expected, found = both(x, scale, grad)
+    expected, found = both(x, scale, grad, axis=axis)
     same_bits(found[0], expected[0])
     same_bits(found[1], expected[1])
     torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=1e-5)
+
+
+@on_all
+@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("axis", [None, 0])
+def test_gradient_of_a_learned_range_is_that_of_the_composite(device, axis, fmt):
+    """Also of ranges that a step has carried beyond zero, and below the floor, where they can only grow."""
+    x = values(*device).nan_to_num(1.0, 100.0, -100.0)
+    floor = fmt.qmax * qat.numerics.SCALE_MIN
+    for ranges in ([6.0, -6.0, 0.5], [-2.0, floor / 2, -floor / 2], [floor / 2, -3.0, floor]):
+        for sign in (1, -1):
+            grad = sign * torch.rand(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+            found = []
+            for run in (qat.kernels.fake_quantize_range, by_learned_scale):
+                amax = torch.tensor(ranges[0] if axis is None else ranges).to(x.device).requires_grad_()
+                t = x.detach().requires_grad_()
+                y = run(t, amax, axis=axis, fmt=fmt)
+                found.append((y.detach(), *torch.autograd.grad(y, (t, amax), grad)))
+            same_bits(found[0][0], found[1][0])
+            same_bits(found[0][1], found[1][1])
+            torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-4)
+
+
+def by_learned_scale(x, amax, *, axis, fmt):
+    return qat.numerics.fake_quantize(x, qat.numerics.learned_scale(amax, fmt), axis=axis, fmt=fmt)
+
+
+@on_all
+def test_a_learned_range_needs_no_gradient_without_training(device):
+    x = values(*device)
+    amax = torch.tensor([1.0, 2.0, 3.0], device=x.device, requires_grad=True)
+    with torch.no_grad():
+        y = qat.kernels.fake_quantize_range(x, amax, axis=0)
+    assert not y.requires_grad
+    same_bits(y, by_learned_scale(x, amax.detach(), axis=0, fmt=INT8))
 
 
 def sums(function, a, b, grad):
