@@ -18,7 +18,8 @@ def compile_options(mode: str | None = None) -> dict[str, Any]:
     """Options of ``torch.compile`` under which fake quantization is computed in the kernels around it.
 
     Without them a prepared model trains, too, with the same results, only slower. For GPUs; benchmarks/RESULTS.md has figures.
-    The best are those of the mode ``reduce-overhead``, whose CUDA graphs spare the host all launches.
+    The best are those of the mode ``reduce-overhead``, whose CUDA graphs spare the host all launches; they reuse the memory of
+    what a step returns, so clone what is to outlive the next one.
 
     Args:
         mode: A mode of ``torch.compile``, whose options are added, since it takes either a mode or options.
