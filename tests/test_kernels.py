@@ -368,6 +368,24 @@ def test_empty_tensors(device):
     assert qat.kernels.fake_quantize(x, torch.tensor(0.05, device=x.device)).shape == x.shape
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device with 30 GB")
+@pytest.mark.parametrize("learned", [False, True])
+def test_more_elements_than_32_bits_can_count(learned):
+    size = 2**31 + 3 * 4096 + 5
+    x = torch.empty(size, dtype=torch.bfloat16, device="cuda").normal_(generator=torch.Generator("cuda").manual_seed(0))
+    x.requires_grad_()
+    scale = torch.tensor(0.02, device="cuda", requires_grad=learned)
+    y = qat.kernels.fake_quantize(x, scale)
+    (found,) = torch.autograd.grad(y, x, x.detach())
+    for start in (0, 2**31 - 3000, size - 5000):
+        part = slice(start, start + 5000)
+        t = x.detach()[part].clone().requires_grad_()
+        expected = qat.numerics.fake_quantize(t, scale)
+        same_bits(y.detach()[part], expected.detach())
+        same_bits(found[part], torch.autograd.grad(expected, t, t.detach())[0])
+
+
 LAYERS = {
     "convolution": lambda: torch.nn.Conv2d(8, 6, 3, stride=2, padding=1),
     "depthwise": lambda: torch.nn.Conv2d(8, 8, 3, dilation=2, groups=8, bias=False),
