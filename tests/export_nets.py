@@ -89,3 +89,16 @@ def quantized(model: nn.Module, example: torch.Tensor, **settings) -> nn.Module:
 def tiny(**settings) -> nn.Module:
     torch.manual_seed(0)
     return quantized(TinyResNet(), images(), **settings)
+
+
+def exporter(model, folder, batch):
+    """A function that gives the model's file for some options; each is exported once."""
+    files = {}
+
+    def export(**options):
+        key = str(sorted(options.items()))
+        if key not in files:
+            files[key] = qat.export_onnx(model, folder / f"{len(files)}.onnx", batch, **options)
+        return files[key]
+
+    return export

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_nets import Recurrent, TinyResNet, TwoHeads, images, quantized, tiny
+from export_nets import Recurrent, TinyResNet, TwoHeads, exporter, images, quantized, tiny
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
@@ -32,17 +32,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
-    """The model's file for some options; each is exported once."""
-    folder = tmp_path_factory.mktemp("onnx")
-    files = {}
-
-    def export(**options):
-        key = str(sorted(options.items()))
-        if key not in files:
-            files[key] = qat.export_onnx(model, folder / f"{len(files)}.onnx", images(1), **options)
-        return files[key]
-
-    return export
+    return exporter(model, tmp_path_factory.mktemp("onnx"), images(1))
 
 
 @pytest.fixture(scope="module")

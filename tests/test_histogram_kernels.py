@@ -4,13 +4,11 @@ Triton decides when it is imported whether to interpret, so that happens in a pr
 """
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from interpreter import INTERPRETED, run_interpreted
 from test_calibrate import images, quantized, ranges_of, same, small_model, states_of
 from torch import nn
 
@@ -22,7 +20,6 @@ from qat.errors import QATError
 from qat.quantizer import State, WeightQuantizer, quantizers
 
 triton_kernels = pytest.importorskip("qat.triton_kernels", reason="needs triton", exc_type=ImportError)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter cuts bfloat16 off instead of rounding it.
 DEVICES = ["cpu"] if INTERPRETED else []
 DEVICES += [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -32,12 +29,7 @@ DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat1
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
 @pytest.mark.parametrize("chosen", ["blocks", pytest.param("atomics", marks=pytest.mark.slow)])
 def test_all_in_tritons_interpreter(chosen):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__, chosen)
 
 
 @pytest.fixture(params=[True, False], ids=["histograms of blocks", "atomics"])

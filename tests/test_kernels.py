@@ -4,13 +4,11 @@ Triton decides when it is imported whether to interpret, so that happens in a pr
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from interpreter import INTERPRETED, run_interpreted
 
 import qat
 import qat.kernels
@@ -21,7 +19,6 @@ from qat.nn import recompute
 from qat.numerics import INT4, INT8
 
 pytest.importorskip("triton", reason="needs triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The interpreter cuts bfloat16 off instead of rounding it.
 RUNS = [("cpu", torch.float32), ("cpu", torch.float16)] if INTERPRETED else []
 RUNS += [pytest.param(("cuda", d), marks=pytest.mark.gpu) for d in (torch.float32, torch.float16, torch.bfloat16)]
@@ -41,12 +38,7 @@ def device(request, monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
 @pytest.mark.parametrize("chosen", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_all_in_tritons_interpreter(chosen):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__, chosen)
 
 
 on_all = pytest.mark.parametrize("device", RUNS, indirect=True, ids=lambda run: f"{run[0]}-{run[1]}")
