@@ -27,6 +27,8 @@ class MobileNetSettings(ClassifierSettings):
     recipe: ClassVar[str] = "mobilenet"
 
     arch: str = option("mobilenet_v2_small", "network; mobilenet_v2_small is the one for small images", choices=MOBILENETS)
+    lr: float = option(0.05, "peak learning rate of float training (warm-up, cosine)", positive=True)
+    qat_lr: float = option(0.0005, "initial learning rate of fine-tuning (cosine to 1 %%)", positive=True)
     out: str = option("runs/mobilenet", "folder for ONNX files, checkpoints, metrics.json and the picture")
 
 
