@@ -262,7 +262,7 @@ def test_networks_for_small_images_have_no_other_stem(arch):
         build(arch, 10, image_size=32, small_stem=True)
 
 
-@pytest.mark.parametrize(("pixels", "patch"), [(8, 1), (28, 4), (32, 4), (96, 12), (224, 32)])
+@pytest.mark.parametrize(("pixels", "patch"), [(8, 2), (28, 4), (32, 4), (96, 12), (224, 32)])
 def test_patches_divide_the_image(pixels, patch):
     assert patch_size(pixels) == patch
 
