@@ -65,7 +65,7 @@ def _learns(x: Tensor, range_: Tensor, axis: int | None) -> bool:
     """Whether there is a kernel for the gradient of the range, if it needs one."""
     if axis is None or not range_.requires_grad or not torch.is_grad_enabled():
         return True
-    return axis % x.ndim == 0 and has_rows(x)
+    return has_rows(x) and axis % x.ndim == 0
 
 
 @functools.cache
@@ -214,11 +214,8 @@ def forward_both(
     x: Tensor, amax: Tensor, fmt: Format, weight: Tensor, weight_fmt: Format, dtype: torch.dtype, *, with_mask: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """:func:`forward` of ``x`` and :func:`forward_rows` of ``weight``, in one launch."""
-    y, v = torch.empty_like(x, dtype=dtype), torch.empty_like(weight, dtype=dtype)
-    if not _is_dense(x):
-        x = _dense(x, y)
-    mask = _empty_mask(x) if with_mask else None
-    size = x.numel()
+    x, y, mask = _in_and_out(x, dtype, with_mask=with_mask)
+    v, size = torch.empty_like(weight, dtype=dtype), x.numel()
     rows, row_size, block = _rows(weight)
     _launch(
         _triton().layer_kernel,
@@ -274,7 +271,13 @@ def _launch(
         return
     # What Triton compiles a kernel for, besides the constants. It finds all of that out itself, but takes as long as the GPU
     # takes for a small layer.
-    kind = device, constants, *[(t.dtype, t.data_ptr() & 15) for t in tensors], *[(n == 1, n & 15 == 0, n >> 31) for n in sizes]
+    kind = (
+        device,
+        constants,
+        *options.items(),
+        *[(t.dtype, t.data_ptr() & 15) for t in tensors],
+        *[(n == 1, n & 15 == 0, n >> 31) for n in sizes],
+    )
     compiled = _compiled(kernel)
     known = compiled.get(kind)
     if known is None:
@@ -302,12 +305,8 @@ def _forward(
         constants = fmt.qmin, fmt.qmax, scale_min, block
         _launch(_triton().rows_kernel, rows, (x, range_.contiguous(), y), (size,), constants)
         return y, None
-    # Where x has gaps or overlaps, a result of that layout has none.
-    y = torch.empty_like(x, dtype=dtype)
-    if not _is_dense(x):
-        x = _dense(x, y)
+    x, y, mask = _in_and_out(x, dtype, with_mask=with_mask)
     size = x.numel()
-    mask = _empty_mask(x) if with_mask else None
     if axis is None:
         period = channels = 1
     else:
@@ -320,6 +319,15 @@ def _forward(
         (fmt.qmin, fmt.qmax, scale_min, axis is not None, with_mask, _WORDS),
     )
     return y, mask
+
+
+def _in_and_out(x: Tensor, dtype: torch.dtype, *, with_mask: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``x`` without gaps, and memory for its quantized values in the same order and for its mask."""
+    # Where x has gaps or overlaps, a result of that layout has none.
+    y = torch.empty_like(x, dtype=dtype)
+    if not _is_dense(x):
+        x = _dense(x, y)
+    return x, y, _empty_mask(x) if with_mask else None
 
 
 def _empty_mask(x: Tensor) -> Tensor:

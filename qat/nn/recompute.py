@@ -25,8 +25,7 @@ from ..quantizer import Quantizer, WeightQuantizer
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None
 
 
-# Bytes up to which the quantized input is kept after all. For ResNet-50 at batch 128 that is half of the layers, and 8 % more
-# memory; all of them would be 45 %.
+# Bytes up to which the quantized input is kept after all: a step of ResNet-50 at batch 128 takes 6.3 instead of 5.9 GiB then.
 _KEPT = 2**25
 
 
@@ -98,7 +97,7 @@ class _Layer(torch.autograd.Function):
                 y = y.to(dtype)
             weight = weight.to(dtype) if weight_fmt is None else kernels.forward_rows(weight, weight_fmt, dtype)
         # To quantize a small tensor again takes the host longer than the GPU.
-        keeps = source.numel() * y.element_size() <= _KEPT
+        keeps = ctx.needs_input_grad[2] and source.numel() * y.element_size() <= _KEPT
         like = None if bias is None else (list(bias.shape), bias.dtype)
         ctx.plan = fmt, geometry, dtype, has_kernels, keeps, source.dtype, weight_dtype, like
         ctx.save_for_backward(y if keeps else source, amax, weight, mask)
@@ -118,11 +117,9 @@ class _Layer(torch.autograd.Function):
         need_x, need_y, need_weight, need_bias = ctx.needs_input_grad[:4]
         fmt, geometry, dtype, has_kernels, keeps, x_dtype, weight_dtype, bias_like = ctx.plan
         y = x
-        if keeps:
-            pass
-        elif need_weight and has_kernels:
+        if need_weight and not keeps and has_kernels:
             y, _ = kernels.forward(x, amax, fmt, dtype, with_mask=False)
-        elif need_weight:
+        elif need_weight and not keeps:
             y = fake_quantize_range(x, amax, fmt=fmt, dtype=dtype)
         # Otherwise the gradient of the input alone needs the input's shape only.
         wanted = (need_x or need_y, need_weight, need_bias)
