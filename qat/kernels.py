@@ -120,7 +120,7 @@ def has_rows(x: Tensor) -> bool:
     """Whether the elements of each index of dimension 0 lie together in memory, without gaps."""
     if x.ndim < 2 or x.numel() == 0:
         return False
-    if _is_dense(x):
+    if is_dense(x):
         return True
     if x.shape[0] > 1 and x.stride(0) != x.numel() // x.shape[0]:
         return False
@@ -155,7 +155,7 @@ def fake_quantize_add(a: Tensor, a_amax: Tensor, b: Tensor, b_amax: Tensor | Non
     ranges = (a_amax,) if b_amax is None else (a_amax, b_amax)
     if not runs_triton(a, b, *ranges) or a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
         return None
-    if not _is_dense(a) or any(amax.requires_grad or amax.numel() != 1 for amax in ranges):
+    if not is_dense(a) or any(amax.requires_grad or amax.numel() != 1 for amax in ranges):
         return None
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         sum_: Tensor = _FakeQuantizeAdd.apply(a, b, a_amax, b_amax, fmt)
@@ -163,7 +163,7 @@ def fake_quantize_add(a: Tensor, a_amax: Tensor, b: Tensor, b_amax: Tensor | Non
     return _add(a, b, a_amax, b_amax, fmt, with_masks=False)[0]
 
 
-def _is_dense(x: Tensor) -> bool:
+def is_dense(x: Tensor) -> bool:
     """Whether the elements of ``x`` lie in memory without gaps or overlaps, in one of torch's usual orders."""
     if x.is_contiguous():
         return True
@@ -178,13 +178,12 @@ def _add(
     a_mask = _empty_mask(a) if with_masks else None
     b_mask = _empty_mask(a) if with_masks and b_amax is not None else None
     masks = y if a_mask is None else a_mask, y if b_mask is None else b_mask
-    _launch(
+    launch(
         _triton().add_kernel,
         _blocks(size),
         (a, a_amax, b, a_amax if b_amax is None else b_amax, y, *masks),
         (size,),
         (fmt.qmin, fmt.qmax, SCALE_MIN, b_amax is not None, with_masks, _WORDS),
-        enable_fp_fusion=False,
     )
     return y, a_mask, b_mask
 
@@ -206,7 +205,7 @@ def forward_rows(weight: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
     """What :func:`fake_quantize_weight` gives, in ``dtype``, for a weight that :func:`quantizes_rows`."""
     y = torch.empty_like(weight, dtype=dtype)
     rows, size, block = _rows(weight)
-    _launch(_triton().weight_kernel, rows, (weight, y), (size,), (fmt.qmin, fmt.qmax, SCALE_MIN, block))
+    launch(_triton().weight_kernel, rows, (weight, y), (size,), (fmt.qmin, fmt.qmax, SCALE_MIN, block))
     return y
 
 
@@ -217,7 +216,7 @@ def forward_both(
     x, y, mask = _in_and_out(x, dtype, with_mask=with_mask)
     v, size = torch.empty_like(weight, dtype=dtype), x.numel()
     rows, row_size, block = _rows(weight)
-    _launch(
+    launch(
         _triton().layer_kernel,
         rows + _blocks(size),
         (x, amax, y, y if mask is None else mask, weight, v),
@@ -236,7 +235,7 @@ def _rows(weight: Tensor) -> tuple[int, int, int]:
 
 def _clip(grad: Tensor, mask: Tensor, out: Tensor) -> None:
     size = grad.numel()
-    _launch(_triton().clip_kernel, _blocks(size), (grad, mask, out), (size,), (_WORDS,))
+    launch(_triton().clip_kernel, _blocks(size), (grad, mask, out), (size,), (_WORDS,))
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
@@ -247,7 +246,7 @@ def _dense(x: Tensor, like: Tensor) -> Tensor:
     return x if same else torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
-def _launch(
+def launch(
     kernel: Any, programs: int, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], constants: tuple[Any, ...], **options: Any
 ) -> None:
     """Start ``programs`` of a kernel on the device of its first tensor.
@@ -260,6 +259,8 @@ def _launch(
         constants: What the kernel is compiled for.
         options: Of Triton.
     """
+    # What is to be one operation, rounded once, says so in the kernels. Versions of Triton differ in what they fuse themselves.
+    options["enable_fp_fusion"] = False
     x = tensors[0]
     if not x.is_cuda:
         kernel[(programs,)](*tensors, *sizes, *constants, **options)
@@ -267,7 +268,7 @@ def _launch(
     device = x.get_device()
     if device != torch.cuda.current_device():
         with torch.cuda.device_of(x):
-            _launch(kernel, programs, tensors, sizes, constants, **options)
+            launch(kernel, programs, tensors, sizes, constants, **options)
         return
     # What Triton compiles a kernel for, besides the constants. It finds all of that out itself, but takes as long as the GPU
     # takes for a small layer.
@@ -303,7 +304,7 @@ def _forward(
         y = torch.empty_like(x, dtype=dtype)
         rows, size, block = _rows(x)
         constants = fmt.qmin, fmt.qmax, scale_min, block
-        _launch(_triton().rows_kernel, rows, (x, range_.contiguous(), y), (size,), constants)
+        launch(_triton().rows_kernel, rows, (x, range_.contiguous(), y), (size,), constants)
         return y, None
     x, y, mask = _in_and_out(x, dtype, with_mask=with_mask)
     size = x.numel()
@@ -311,7 +312,7 @@ def _forward(
         period = channels = 1
     else:
         range_, period, channels = range_.contiguous(), y.stride(axis), y.shape[axis]
-    _launch(
+    launch(
         _triton().quantize_kernel,
         _blocks(size),
         (x, range_, y, y if mask is None else mask),
@@ -325,7 +326,7 @@ def _in_and_out(x: Tensor, dtype: torch.dtype, *, with_mask: bool) -> tuple[Tens
     """``x`` without gaps, and memory for its quantized values in the same order and for its mask."""
     # Where x has gaps or overlaps, a result of that layout has none.
     y = torch.empty_like(x, dtype=dtype)
-    if not _is_dense(x):
+    if not is_dense(x):
         x = _dense(x, y)
     return x, y, _empty_mask(x) if with_mask else None
 
@@ -356,7 +357,7 @@ class _FakeQuantizeAdd(torch.autograd.Function):
             _clip(dense, a_mask, a_grad)
             return a_grad, grad, None, None, None
         b_grad, size = torch.empty_like(a_grad), grad.numel()
-        _launch(_triton().add_backward_kernel, _blocks(size), (dense, a_mask, b_mask, a_grad, b_grad), (size,), (_WORDS,))
+        launch(_triton().add_backward_kernel, _blocks(size), (dense, a_mask, b_mask, a_grad, b_grad), (size,), (_WORDS,))
         return a_grad, b_grad, None, None, None
 
 
@@ -411,11 +412,11 @@ def _learned_backward(
     constants = fmt.qmin, fmt.qmax, scale_min
     if axis is not None:
         rows, size, block = _rows(x)
-        _launch(_triton().learned_rows_kernel, rows, (*tensors, out, found), (size,), (*constants, block))
+        launch(_triton().learned_rows_kernel, rows, (*tensors, out, found), (size,), (*constants, block))
         return found.view(range_.shape)
     size = grad.numel()
     count = _blocks(size)
     sums = torch.empty(count, dtype=torch.float32, device=x.device)
-    _launch(_triton().learned_kernel, count, (*tensors, out, sums), (size,), (*constants, _BLOCK))
-    _launch(_triton().range_gradient_kernel, 1, (sums, range_, found), (count, size), (fmt.qmax, scale_min, _BLOCK))
+    launch(_triton().learned_kernel, count, (*tensors, out, sums), (size,), (*constants, _BLOCK))
+    launch(_triton().range_gradient_kernel, 1, (sums, range_, found), (count, size), (fmt.qmax, scale_min, _BLOCK))
     return found.view(range_.shape)

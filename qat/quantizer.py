@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -116,13 +116,7 @@ class Quantizer(nn.Module):
         Raises:
             QATError: For another shape, or a negative or non-finite value.
         """
-        if amax.shape != self.amax.shape:
-            raise QATError(f"amax has shape {tuple(amax.shape)}, this site needs {tuple(self.amax.shape)}")
-        if not bool((amax.isfinite() & (amax >= 0)).all()):
-            raise QATError("amax must be finite and not negative")
-        with torch.no_grad():
-            self.amax.copy_(amax.to(torch.float32).clamp(min=self.fmt.qmax * SCALE_MIN))
-        self.state = State.QUANTIZING
+        set_ranges({self: amax})
 
     def set_state(self, state: State) -> None:
         """Switch the site.
@@ -300,6 +294,30 @@ class WeightQuantizer(Quantizer):
         if self.follow:
             with torch.no_grad():
                 self.amax.copy_(self.weight_amax(weight).clamp(min=self.fmt.qmax * SCALE_MIN))
+
+
+def set_ranges(ranges: Mapping[Quantizer, Tensor]) -> None:
+    """:meth:`Quantizer.set_range` for several sites, with one look at the values on each device.
+
+    Args:
+        ranges: ``amax`` by site.
+
+    Raises:
+        QATError: As there. Nothing has changed then.
+    """
+    flat: dict[torch.device, list[Tensor]] = {}
+    for site, amax in ranges.items():
+        if amax.shape != site.amax.shape:
+            raise QATError(f"amax has shape {tuple(amax.shape)}, this site needs {tuple(site.amax.shape)}")
+        flat.setdefault(amax.device, []).append(amax.detach().reshape(-1).to(torch.float32))
+    for there in flat.values():
+        values = torch.cat(there)
+        if not bool((values.isfinite() & (values >= 0)).all()):
+            raise QATError("amax must be finite and not negative")
+    with torch.no_grad():
+        for site, amax in ranges.items():
+            site.amax.copy_(amax.to(torch.float32).clamp(min=site.fmt.qmax * SCALE_MIN))
+            site.state = State.QUANTIZING
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:

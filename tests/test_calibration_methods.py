@@ -117,6 +117,20 @@ def test_entropy_ignores_the_first_bin() -> None:
     assert amax_by_entropy(zeros, 1.0, 300.0) == amax_by_entropy(counts, 1.0, 300.0)
 
 
+@pytest.mark.parametrize("search", [amax_by_max, amax_by_percentile, amax_by_mse, amax_by_entropy])
+def test_many_histograms_at_once(search: Callable[..., torch.Tensor]) -> None:
+    """Of several lengths and widths, one of zeros and one of zeros but for the first bin: each as if it were alone."""
+    alone = [draw(kind, seed, bins) for kind in KINDS for seed, bins in enumerate((100, 128, 129, 300))]
+    alone += [np.eye(1, 300, dtype=np.int64)[0], np.zeros(300, np.int64)]
+    width = [0.5 ** (i % 7) for i in range(len(alone))]
+    amax = [w * (len(counts) - 0.25) for counts, w in zip(alone, width, strict=True)]
+    counts = torch.from_numpy(np.stack([np.pad(counts, (0, 400 - len(counts))) for counts in alone]))
+    together = search(counts, torch.tensor(width, dtype=torch.float64), torch.tensor(amax, dtype=torch.float64))
+    assert together.dtype == torch.float32
+    expected = [float(search(torch.from_numpy(one), w, a)) for one, w, a in zip(alone, width, amax, strict=True)]
+    assert together.tolist() == expected
+
+
 def mse_loop(counts: np.ndarray, qmax: int) -> np.ndarray:
     centres = np.arange(len(counts)) + 0.5
     errors = []

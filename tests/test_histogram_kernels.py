@@ -140,10 +140,22 @@ def test_a_single_value_everywhere(device):
 def test_counts_go_beyond_32_bits(device):
     histogram = Histogram(device=device)
     histogram.add(torch.tensor([1.0, 3.0], device=device))
+    histogram._pending.fold()
     histogram._pending.counts *= 2**40
     histogram.add(torch.tensor([1.0, 100.0], device=device))
     assert histogram.total == 2 * 2**40 + 2
     assert int(histogram.counts.max()) >= 2**40 + 1
+
+
+@pytest.mark.parametrize("way", [True], indirect=True)
+def test_rows_are_emptied_before_they_are_full(device, monkeypatch):
+    monkeypatch.setattr(qat.calibration.histogram, "_MOST", 1000)
+    batches = [normal(size, seed=size) * scale for size, scale in ((999, 1), (1, 300), (4321, 1e-3), (999, 1), (2, 9e9))]
+    same_as_on_the_cpu(device, *batches)
+    histogram = Histogram(device=device)
+    for _ in range(3):
+        histogram.add(torch.ones(4321, device=device))
+        assert int(histogram._pending._rows.sum()) <= 1000
 
 
 def test_looking_between_batches_changes_nothing(device):

@@ -26,6 +26,14 @@ MIN_EXPONENT = -100
 _CHUNK_CPU, _CHUNK = 2**15, 2**24
 
 
+# Of exponents of widths on a device, from MIN_EXPONENT to those of the largest magnitudes, infinity and NaN.
+_LOG2_BINS = BINS.bit_length() - 1
+_LEVELS = 256 - (126 + _LOG2_BINS + MIN_EXPONENT)
+# Values that a kernel looks at together, and most that 32 bits can count.
+_TALLIED, _MOST = 2**14, 2**31 - 2**14
+_CONSTANTS = MIN_EXPONENT, _LOG2_BINS, _TALLIED
+
+
 def width_exponent(amax: float) -> int:
     """The smallest ``k`` with ``amax < BINS * 2 ** k``, at least ``MIN_EXPONENT``.
 
@@ -42,6 +50,11 @@ def largest_magnitude(x: Tensor) -> float:
     """``max(abs(x))``; NaN if ``x`` holds one. ``x`` is not empty."""
     low, high = torch.aminmax(x)
     return float(torch.maximum(-low, high).to(torch.float32))
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """The values of ``x`` in one dimension, in the order in which they lie in memory, which saves a copy (channels_last)."""
+    return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)
 
 
 def float_of_bits(bits: int) -> float:
@@ -70,7 +83,10 @@ def coarsen(counts: Tensor, shift: int) -> Tensor:
 class _DeviceCounts:
     """Counts on a CUDA device of tensors that the host never looks at: nothing is copied to it, nothing waits.
 
-    Three kernels a tensor read it twice. All start values are zero, since any other would be copied from the host.
+    One kernel reads a tensor once, and counts at whatever width it finds fitting, in one row of counts a width; rows are moved
+    to the width of all when the host wants to know, or before a count could exceed 32 bits. With versions of Triton that are
+    slow at histograms three kernels read a tensor twice, first for its largest magnitude. All start values are zero, since any
+    other would be copied from the host.
 
     Args:
         device: Where the tensors are.
@@ -82,29 +98,54 @@ class _DeviceCounts:
     """
 
     def __init__(self, device: torch.device) -> None:
-        from ..triton_kernels import FAST_HISTOGRAM
+        from .. import triton_kernels
 
-        self._local = FAST_HISTOGRAM
+        self._kernels = triton_kernels
+        fast = triton_kernels.FAST_HISTOGRAM
         # Without histograms of blocks, each value is an atomic operation, and those on the same address wait for each other.
-        sets = 1 if self._local else 16
+        sets = 1 if fast else 16
+        self.device = device
         self.words = torch.zeros(1 + sets, dtype=torch.int32, device=device)
         self.counts = torch.zeros(sets, BINS, dtype=torch.int64, device=device)
+        self._rows = torch.zeros(_LEVELS, BINS, dtype=torch.int32, device=device) if fast else None
+        self._in_rows = 0
 
     def add(self, x: Tensor) -> None:
-        """Count the values of ``x``: one dimension, contiguous, on the device."""
-        from ..triton_kernels import count_kernel, largest_kernel, widen_kernel
+        """Count the values of ``x``: without gaps in memory, not empty, on the device."""
+        n = x.numel()
+        if self._rows is None:
+            self._add_one_by_one(x, n)
+            return
+        if n > _MOST:
+            for part in in_memory(x).split(_MOST):
+                self.add(part)
+            return
+        if self._in_rows + n > _MOST:
+            self.fold()
+        self._in_rows += n
+        # Not more programs than run at a time: each has to add what it found to the rows.
+        programs, tensors = min(-(-n // _TALLIED), 256), (x, self.words, self._rows)
+        kernels.launch(self._kernels.tally_kernel, programs, tensors, (n,), _CONSTANTS, num_warps=32)
 
+    def fold(self) -> None:
+        """Bring ``counts`` and ``words`` up to date."""
+        if not self._in_rows or self._rows is None:
+            return
+        self._widen()
+        kernels.launch(self._kernels.fold_kernel, _LEVELS, (self.words, self._rows, self.counts), (), (_LOG2_BINS,), num_warps=8)
+        self._in_rows = 0
+
+    def _widen(self) -> None:
+        constants = MIN_EXPONENT, _LOG2_BINS
+        kernels.launch(self._kernels.widen_kernel, len(self.counts), (self.words, self.counts), (), constants, num_warps=8)
+
+    def _add_one_by_one(self, x: Tensor, n: int) -> None:
         # Enough programs for the largest devices; each has to merge what it found with the others.
-        block, programs = (8192, 512) if self._local else (4096, 2048)
-        grid = (min(-(-x.numel() // block), programs),)
-        sets, log2_bins = len(self.counts), BINS.bit_length() - 1
-        with torch.cuda.device_of(x):
-            largest_kernel[(min(-(-x.numel() // 4096), 2048),)](x, self.words, x.numel(), 4096, num_warps=8)
-            widen_kernel[(sets,)](self.words, self.counts, MIN_EXPONENT, log2_bins, num_warps=8)
-            count_kernel[grid](
-                x, self.words, self.counts, x.numel(), sets, MIN_EXPONENT, log2_bins, self._local, block,
-                num_warps=block // 512,
-            )  # fmt: skip
+        sets, block = len(self.counts), 4096
+        programs, constants = min(-(-n // block), 2048), (sets, MIN_EXPONENT, _LOG2_BINS, block)
+        kernels.launch(self._kernels.largest_kernel, programs, (x, self.words), (n,), (block,), num_warps=8)
+        self._widen()
+        kernels.launch(self._kernels.count_kernel, programs, (x, self.words, self.counts), (n,), constants, num_warps=8)
 
 
 class Histogram:
@@ -177,9 +218,12 @@ class Histogram:
     def cover(self, amax: float) -> None:
         """Widen the bins, if need be, until ``amax`` falls into one."""
         self.settle()
+        # All in the first bin, whatever its width.
+        only_zeros = self._amax == 0
         self._amax = max(self._amax, amax)
         exponent = width_exponent(self._amax)
-        self._counts = coarsen(self._counts, exponent - self._exponent)
+        if not only_zeros:
+            self._counts = coarsen(self._counts, exponent - self._exponent)
         self._exponent = exponent
 
     def add(self, x: Tensor) -> None:
@@ -194,22 +238,20 @@ class Histogram:
         """
         if x.numel() == 0:
             return
-        x = x.detach()
-        # The order of values does not matter: reading them as they lie in memory saves a copy (channels_last).
-        flat = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)
         if kernels.runs_triton(x):
-            if self._pending is not None and self._pending.counts.device != x.device:
+            if self._pending is not None and self._pending.device != x.device:
                 self.settle()
             if self._pending is None:
                 self._pending = _DeviceCounts(x.device)
-            self._pending.add(flat)
+            self._pending.add(x if kernels.is_dense(x) else in_memory(x.detach()))
             return
+        x = x.detach()
         amax = largest_magnitude(x)
         if not math.isfinite(amax):
             raise self._refusal()
         self.cover(amax)
         counts = torch.zeros(BINS, dtype=torch.int64, device=x.device)
-        for chunk in flat.split(_CHUNK_CPU if x.device.type == "cpu" else _CHUNK):
+        for chunk in in_memory(x).split(_CHUNK_CPU if x.device.type == "cpu" else _CHUNK):
             # Not torch.histc: its counts are float32, and on CUDA its rounding may move a value to the next bin.
             bins = chunk.to(torch.float32).abs().mul_(math.ldexp(1.0, -self._exponent)).to(torch.int32)
             counts += torch.bincount(bins, minlength=BINS)
@@ -222,7 +264,10 @@ class Histogram:
 
     def status(self) -> Tensor | None:
         """What :meth:`settle` has to know: int32, shape ``(2,)``, on the device; ``None`` if there is nothing to settle."""
-        return None if self._pending is None else self._pending.words[:2]
+        if self._pending is None:
+            return None
+        self._pending.fold()
+        return self._pending.words[:2]
 
     def settle(self, status: Sequence[int] | None = None) -> None:
         """Take over what was counted on a device.
@@ -235,7 +280,10 @@ class Histogram:
         """
         if self._pending is None:
             return
-        bits, level = self._pending.words[:2].tolist() if status is None else status
+        if status is None:
+            self._pending.fold()
+            status = self._pending.words[:2].tolist()
+        bits, level = status
         amax = float_of_bits(bits)
         if not math.isfinite(amax):
             raise self._refusal()

@@ -1,11 +1,14 @@
 """Ranges from histograms: the calibration methods.
 
-Each function takes the counts of ``abs(x)`` in ``n`` bins ``[j * width, (j + 1) * width)``, the last of which holds the
-largest magnitude ``amax``, and returns the range as a float32 scalar on the device of the counts, at most ``amax``.
-All arithmetic is in float64.
+Each function takes the counts of ``abs(x)``, int64, shape ``(..., n)``, in bins ``[j * width, (j + 1) * width)``, and the
+largest magnitude ``amax``; width and amax are floats, or float64 of shape ``(...)``. It returns the ranges, float32, shape
+``(...)``, on the device of the counts, at most ``amax``. Bins above that of ``amax`` are empty and no candidates, so that
+several histograms fit into one tensor. All arithmetic is in float64, and nothing waits for a device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,16 +20,18 @@ from .histogram import Histogram
 METHODS = ("max", "percentile", "mse", "entropy")
 
 
-def amax_by_max(counts: Tensor, width: float, amax: float) -> Tensor:
+def amax_by_max(counts: Tensor, width: float | Tensor, amax: float | Tensor) -> Tensor:
     """The largest magnitude: nothing is clipped."""
-    return torch.tensor(amax, dtype=torch.float32, device=counts.device)
+    return _like(amax, counts).to(torch.float32)
 
 
-def amax_by_percentile(counts: Tensor, width: float, amax: float, *, percentile: float = 99.99) -> Tensor:
+def amax_by_percentile(
+    counts: Tensor, width: float | Tensor, amax: float | Tensor, *, percentile: float = 99.99
+) -> Tensor:
     """The magnitude below which ``percentile`` percent of the values lie.
 
     Args:
-        counts: Shape ``(n,)``, int64.
+        counts: Shape ``(..., n)``, int64.
         width: Width of a bin.
         amax: Largest magnitude.
         percentile: Above 0, at most 100. Interpolated linearly within a bin.
@@ -35,15 +40,15 @@ def amax_by_percentile(counts: Tensor, width: float, amax: float, *, percentile:
         >>> amax_by_percentile(torch.tensor([50, 0, 50]), 1.0, 3.0, percentile=75)
         tensor(2.5000)
     """
-    cumulative = counts.cumsum(0)
-    target = cumulative[-1].to(torch.float64) * (percentile / 100)
-    index = torch.searchsorted(cumulative.to(torch.float64), target).clamp(max=len(counts) - 1)
-    inside = counts[index].clamp(min=1).to(torch.float64)
-    fraction = (target - (cumulative[index] - counts[index])) / inside
-    return _capped((index + fraction) * width, amax)
+    cumulative = counts.cumsum(-1)
+    target = cumulative[..., -1:].to(torch.float64) * (percentile / 100)
+    index = torch.searchsorted(cumulative.to(torch.float64), target).clamp(max=counts.shape[-1] - 1)
+    at = counts.gather(-1, index)
+    fraction = (target - (cumulative.gather(-1, index) - at)) / at.clamp(min=1).to(torch.float64)
+    return _capped((index + fraction).squeeze(-1), counts, width, amax)
 
 
-def amax_by_mse(counts: Tensor, width: float, amax: float, *, fmt: Format = INT8) -> Tensor:
+def amax_by_mse(counts: Tensor, width: float | Tensor, amax: float | Tensor, *, fmt: Format = INT8) -> Tensor:
     """The range of least squared error between the bin centres and their fake-quantized values, weighted by the counts.
 
     Candidates are the right edges of the bins from the 129th on (for INT8). Of equal candidates the largest wins.
@@ -53,24 +58,26 @@ def amax_by_mse(counts: Tensor, width: float, amax: float, *, fmt: Format = INT8
     ``c_j x_j`` over the bins with code ``q``: differences of cumulative sums, so that the cost of a candidate is the number of
     codes, not the number of bins.
     """
-    first = fmt.qmax + 2
-    if len(counts) < first or not bool(counts.any()):
+    first, used = fmt.qmax + 2, _used(counts, width, amax)
+    if counts.shape[-1] < first:
         return amax_by_max(counts, width, amax)
-    return _capped(width * (first + _last_minimum(mse_errors(counts, fmt=fmt))).to(torch.float64), amax)
+    errors = _without(mse_errors(counts, fmt=fmt), first, used)
+    found = _capped(first + _last_minimum(errors), counts, width, amax)
+    return torch.where((used >= first) & counts.any(-1), found, amax_by_max(counts, width, amax))
 
 
 def mse_errors(counts: Tensor, *, fmt: Format = INT8) -> Tensor:
     """Squared error of each candidate of :func:`amax_by_mse`, as a share of the signal's energy.
 
     Args:
-        counts: Shape ``(n,)``, ``n > fmt.qmax + 1``.
+        counts: Shape ``(..., n)``, ``n > fmt.qmax + 1``.
         fmt: Number format.
 
     Returns:
-        Shape ``(n - fmt.qmax - 1,)``, float64; element ``k`` belongs to the right edge of bin ``fmt.qmax + 1 + k``.
+        Shape ``(..., n - fmt.qmax - 1)``, float64; element ``k`` belongs to the right edge of bin ``fmt.qmax + 1 + k``.
     """
     count = counts.to(torch.float64)
-    n, device = len(count), count.device
+    n, device = count.shape[-1], count.device
     centre = torch.arange(n, dtype=torch.float64, device=device) + 0.5
     scale = torch.arange(fmt.qmax + 2, n + 1, dtype=torch.float64, device=device) / fmt.qmax
     code = torch.arange(1, fmt.qmax + 2, dtype=torch.float64, device=device)
@@ -78,12 +85,12 @@ def mse_errors(counts: Tensor, *, fmt: Format = INT8) -> Tensor:
     begin = ((code - 0.5) * scale[:, None]).sub_(0.5).ceil_().clamp_(max=n).to(torch.int32)
     begin[:, -1] = n  # the largest code takes all that is clipped
     m0, m1 = _sums_between(count, begin), _sums_between(count * centre, begin)
-    energy = (count * centre.square()).sum()
+    energy = (count * centre.square()).sum(-1, keepdim=True)
     error = energy - 2 * scale * (m1 @ code[:-1]) + scale.square() * (m0 @ code[:-1].square())
     return error / energy
 
 
-def amax_by_entropy(counts: Tensor, width: float, amax: float, *, fmt: Format = INT8) -> Tensor:
+def amax_by_entropy(counts: Tensor, width: float | Tensor, amax: float | Tensor, *, fmt: Format = INT8) -> Tensor:
     """The range of least Kullback-Leibler divergence between the clipped and the quantized distribution.
 
     The algorithm of TensorRT's entropy calibrator as NVIDIA published it (S. Migacz, GTC 2017, talk S7310) in the form of
@@ -97,12 +104,14 @@ def amax_by_entropy(counts: Tensor, width: float, amax: float, *, fmt: Format = 
 
     Fewer bins than levels leave no candidate: the result is ``amax``.
     """
-    levels = fmt.qmax + 1
-    if len(counts) < levels or not bool(counts[1:].any()):
+    levels, used = fmt.qmax + 1, _used(counts, width, amax)
+    if counts.shape[-1] < levels:
         return amax_by_max(counts, width, amax)
-    inside = counts.cumsum(0)
-    found = torch.where(2 * inside[levels - 1 :] < inside[-1], torch.inf, divergences(counts, levels))
-    return _capped(width * (levels + _last_minimum(found)).to(torch.float64), amax)
+    inside = counts.cumsum(-1)
+    outside = 2 * inside[..., levels - 1 :] < inside[..., -1:]
+    candidates = _without(torch.where(outside, torch.inf, divergences(counts, levels)), levels, used)
+    found = _capped(levels + _last_minimum(candidates), counts, width, amax)
+    return torch.where((used >= levels) & counts[..., 1:].any(-1), found, amax_by_max(counts, width, amax))
 
 
 def divergences(counts: Tensor, levels: int = 128) -> Tensor:
@@ -112,16 +121,16 @@ def divergences(counts: Tensor, levels: int = 128) -> Tensor:
     differences of cumulative sums, so that a candidate costs as much as there are levels, whatever the number of bins.
 
     Args:
-        counts: Shape ``(n,)``, ``n >= levels``, not all zero from the second bin on.
+        counts: Shape ``(..., n)``, ``n >= levels``.
         levels: Number of magnitudes.
 
     Returns:
-        Shape ``(n - levels + 1,)``, float64, nats; element ``k`` keeps ``levels + k`` bins. Infinite where outliers fall
-        onto an empty bin.
+        Shape ``(..., n - levels + 1)``, float64, nats; element ``k`` keeps ``levels + k`` bins. Infinite where outliers fall
+        onto an empty bin, NaN if all bins from the second on are empty.
     """
-    count = torch.cat([counts[1:2], counts[1:]])
-    n, device = len(count), count.device
-    total = count.sum().to(torch.float64)
+    count = torch.cat([counts[..., 1:2], counts[..., 1:]], dim=-1)
+    n, device = count.shape[-1], count.device
+    total = count.sum(-1, keepdim=True).to(torch.float64)
     p = count.to(torch.float64) / total
 
     kept = torch.arange(levels, n + 1, device=device)
@@ -129,15 +138,15 @@ def divergences(counts: Tensor, levels: int = 128) -> Tensor:
     share = torch.arange(levels + 1, dtype=torch.float64, device=device) / levels
     begin = (share * kept[:, None]).ceil_().to(torch.int32)
     # Sums of counts, unlike sums of shares, are exact: a level without mass has exactly none.
-    mass = _sums_between(count.to(torch.float64), begin).div_(total)
+    mass = _sums_between(count.to(torch.float64), begin).div_(total[..., None])
     average = mass / _sums_between((count > 0).to(torch.float64), begin).clamp_(min=1)
     log_average = average.clamp_(min=torch.finfo(torch.float64).tiny).log_()
 
-    inside = count.cumsum(0)[kept - 1]
-    last, outliers = p[kept - 1], (total - inside) / total
+    inside = count.cumsum(-1)[..., levels - 1 :]
+    last, outliers = p[..., levels - 1 :], (total - inside) / total
     clipped = last + outliers
-    reference = _from_zero(torch.xlogy(p, p).cumsum(0))[kept - 1] + torch.xlogy(clipped, clipped)
-    approximation = (mass * log_average).sum(dim=1) + outliers * log_average[:, -1]
+    reference = _from_zero(torch.xlogy(p, p).cumsum(-1))[..., levels - 1 : n] + torch.xlogy(clipped, clipped)
+    approximation = (mass * log_average).sum(dim=-1) + outliers * log_average[..., -1]
     divergence = reference - approximation + (inside / total).log()
     return torch.where((outliers > 0) & (last == 0), torch.inf, divergence)
 
@@ -157,15 +166,42 @@ def find_amax(histogram: Histogram, method: str = "mse", *, percentile: float = 
     Raises:
         QATError: For another method, or a percentile outside ``(0, 100]``.
     """
+    return find_ranges([histogram], method, percentile=percentile, fmt=fmt)[0]
+
+
+def find_ranges(
+    histograms: Sequence[Histogram], method: str = "mse", *, percentile: float = 99.99, fmt: Format = INT8
+) -> list[Tensor]:
+    """The ranges of several tensors, as by :func:`find_amax`; on a device other than the CPU in a few calls.
+
+    Raises:
+        QATError: As :func:`find_amax`.
+    """
     check_method(method, percentile)
-    counts, width, amax = histogram.used, histogram.width, histogram.amax
+    found: dict[int, Tensor] = {}
+    for device in {histogram.counts.device for histogram in histograms}:
+        there = [i for i, histogram in enumerate(histograms) if histogram.counts.device == device]
+        # On a CPU one at a time, whose intermediate results stay in the cache; elsewhere 0.5 GB of them at a time.
+        size = 1 if device.type == "cpu" else 32
+        for start in range(0, len(there), size):
+            part = there[start : start + size]
+            found.update(zip(part, _find([histograms[i] for i in part], method, percentile, fmt), strict=True))
+    return [found[i] for i in range(len(histograms))]
+
+
+def _find(histograms: Sequence[Histogram], method: str, percentile: float, fmt: Format) -> Sequence[Tensor]:
+    """The ranges of histograms on one device."""
+    longest = max(len(histogram.used) for histogram in histograms)
+    counts = torch.stack([histogram.counts[:longest] for histogram in histograms])
+    sizes = torch.tensor([(histogram.width, histogram.amax) for histogram in histograms], dtype=torch.float64)
+    width, amax = sizes.to(counts.device).unbind(1)
     if method == "percentile":
-        return amax_by_percentile(counts, width, amax, percentile=percentile)
+        return amax_by_percentile(counts, width, amax, percentile=percentile).unbind()
     if method == "mse":
-        return amax_by_mse(counts, width, amax, fmt=fmt)
+        return amax_by_mse(counts, width, amax, fmt=fmt).unbind()
     if method == "entropy":
-        return amax_by_entropy(counts, width, amax, fmt=fmt)
-    return amax_by_max(counts, width, amax)
+        return amax_by_entropy(counts, width, amax, fmt=fmt).unbind()
+    return amax_by_max(counts, width, amax).unbind()
 
 
 def quality(histogram: Histogram, amax: float, *, fmt: Format = INT8) -> tuple[float, float]:
@@ -204,16 +240,44 @@ def _from_zero(cumulative: Tensor) -> Tensor:
 
 
 def _sums_between(values: Tensor, begin: Tensor) -> Tensor:
-    """Sums of ``values`` over the intervals between neighbours in each row of ``begin``, shape ``(rows, intervals + 1)``."""
+    """Sums of ``values`` over the intervals between neighbours in each row of ``begin``.
+
+    Args:
+        values: Shape ``(..., n)``.
+        begin: Shape ``(rows, intervals + 1)``, int32, at most ``n``.
+
+    Returns:
+        Shape ``(..., rows, intervals)``.
+    """
     # index_select: several times as fast as indexing.
-    at = _from_zero(values.cumsum(0)).index_select(0, begin.reshape(-1)).reshape(begin.shape)
-    return at[:, 1:] - at[:, :-1]
+    at = _from_zero(values.cumsum(-1)).index_select(-1, begin.reshape(-1)).unflatten(-1, begin.shape)
+    return at[..., 1:] - at[..., :-1]
+
+
+def _used(counts: Tensor, width: float | Tensor, amax: float | Tensor) -> Tensor:
+    """Number of bins up to that of ``amax``."""
+    return (_like(amax, counts) / _like(width, counts)).floor().add(1).clamp(max=counts.shape[-1])
+
+
+def _without(errors: Tensor, first: int, used: Tensor) -> Tensor:
+    """``errors`` of candidates of ``first``, ``first + 1``, … bins, infinite for those of more than ``used``."""
+    bins = torch.arange(first, first + errors.shape[-1], device=errors.device)
+    return torch.where(bins > used[..., None], torch.inf, errors)
 
 
 def _last_minimum(values: Tensor) -> Tensor:
-    """Index of the last minimum. Values of order one that differ by 1e-12 differ by rounding only: they count as equal."""
-    return (values <= values.min() + 1e-12).nonzero().max()
+    """Index of the last minimum along the last dimension; 0 where there are NaN.
+
+    Values of order one that differ by 1e-12 differ by rounding only: they count as equal.
+    """
+    least = values <= values.amin(-1, keepdim=True) + 1e-12
+    return torch.where(least, torch.arange(values.shape[-1], device=values.device), 0).amax(-1)
 
 
-def _capped(value: Tensor, amax: float) -> Tensor:
-    return value.clamp(max=amax).to(torch.float32)
+def _capped(edge: Tensor, counts: Tensor, width: float | Tensor, amax: float | Tensor) -> Tensor:
+    """The upper end of ``edge`` bins, at most ``amax``."""
+    return torch.minimum(edge.to(torch.float64) * _like(width, counts), _like(amax, counts)).to(torch.float32)
+
+
+def _like(value: float | Tensor, counts: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device=counts.device)

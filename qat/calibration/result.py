@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from rich.table import Table
 from torch import Tensor
 
-from ..quantizer import Quantizer
+from ..quantizer import Quantizer, set_ranges
 from ..text import as_text
 from .histogram import Histogram
-from .methods import check_method, find_amax, quality
+from .methods import check_method, find_ranges, quality
 
 
 class Calibration:
@@ -45,10 +46,12 @@ class Calibration:
             QATError: For an unknown method or an impossible percentile.
         """
         check_method(method, percentile)
-        return {
-            path: find_amax(histogram, method, percentile=percentile, fmt=self._sites[path].fmt)
-            for path, histogram in self.histograms.items()
-        }
+        found: dict[str, Tensor] = {}
+        for fmt in {self._sites[path].fmt for path in self.histograms}:
+            there = {path: histogram for path, histogram in self.histograms.items() if self._sites[path].fmt == fmt}
+            ranges = find_ranges(list(there.values()), method, percentile=percentile, fmt=fmt)
+            found.update(zip(there, ranges, strict=True))
+        return {path: found[path] for path in self.histograms}
 
     def apply(self, method: str = "mse", *, percentile: float = 99.99) -> None:
         """Set the ranges of the calibrated model, in place, and start quantizing.
@@ -63,15 +66,17 @@ class Calibration:
             QATError: For an unknown method or an impossible percentile.
         """
         ranges = self.ranges(method, percentile=percentile)
-        for path, amax in {**ranges, **self.weights}.items():
-            self._sites[path].set_range(amax)
+        set_ranges({self._sites[path]: amax for path, amax in {**ranges, **self.weights}.items()})
         label = f"percentile {percentile:g}" if method == "percentile" else method
         self._applied = label, ranges
 
     def dead_sites(self) -> list[str]:
         """Paths of the sites whose activation or weight was zero throughout."""
         dead = [path for path, histogram in self.histograms.items() if histogram.amax == 0]
-        return dead + [path for path, amax in self.weights.items() if not bool(amax.any())]
+        alive = [amax.any() for amax in self.weights.values()]
+        # One copy from the device, not one a weight.
+        flags = torch.stack([flag.to(alive[0].device) for flag in alive]).tolist() if alive else []
+        return dead + [path for path, flag in zip(self.weights, flags, strict=True) if not flag]
 
     def __rich__(self) -> Table:
         method, ranges = self._applied or ("not applied", {})
