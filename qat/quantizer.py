@@ -305,18 +305,22 @@ def set_ranges(ranges: Mapping[Quantizer, Tensor]) -> None:
     Raises:
         QATError: As there. Nothing has changed then.
     """
-    flat: dict[torch.device, list[Tensor]] = {}
+    groups: dict[tuple[torch.device, int], list[Quantizer]] = {}
     for site, amax in ranges.items():
         if amax.shape != site.amax.shape:
             raise QATError(f"amax has shape {tuple(amax.shape)}, this site needs {tuple(site.amax.shape)}")
-        flat.setdefault(amax.device, []).append(amax.detach().reshape(-1).to(torch.float32))
-    for there in flat.values():
-        values = torch.cat(there)
+        groups.setdefault((amax.device, site.fmt.qmax), []).append(site)
+    # A few calls for all: on a GPU each one for a site by itself would cost as much as copying the range.
+    found: dict[Quantizer, Tensor] = {}
+    for (_, qmax), sites in groups.items():
+        values = torch.cat([ranges[site].detach().reshape(-1).to(torch.float32) for site in sites])
         if not bool((values.isfinite() & (values >= 0)).all()):
             raise QATError("amax must be finite and not negative")
+        parts = values.clamp(min=qmax * SCALE_MIN).split([site.amax.numel() for site in sites])
+        found.update(zip(sites, parts, strict=True))
     with torch.no_grad():
-        for site, amax in ranges.items():
-            site.amax.copy_(amax.to(torch.float32).clamp(min=site.fmt.qmax * SCALE_MIN))
+        for site, amax in found.items():
+            site.amax.copy_(amax.view_as(site.amax))
             site.state = State.QUANTIZING
 
 

@@ -104,6 +104,43 @@ def test_weights_get_their_maximum_by_channel() -> None:
     np.testing.assert_array_equal(conv.weight_quantizer.amax.numpy(), np.abs(conv.weight.detach().numpy()).max(axis=(1, 2, 3)))
 
 
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("learn_scales", [False, True])
+def test_weights_by_least_squared_error(weight_format: str, granularity: str, learn_scales: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    with torch.no_grad():
+        model[0].weight[1, 0, 0, 0] = 3.0  # far outside of the others
+    settings = {"weight_format": weight_format, "weight_granularity": granularity, "learn_scales": learn_scales}
+    qat.prepare(model, QuantConfig(**settings, weight_range="frozen", head=()))
+    result = calibrate(model, images(), weight_method="mse", progress=False)
+    assert "weights: by mse" in str(result)
+    qmax = 127 if weight_format == "int8" else 7
+    for layer in (model[0], model[3]):
+        weight, amax = layer.weight.detach().double().numpy(), layer.weight_quantizer.amax.detach().double().numpy()
+        rows = weight.reshape(len(weight), -1) if granularity == "channel" else weight.reshape(1, -1)
+        for values, found in zip(rows, amax.reshape(-1), strict=True):
+            largest = np.abs(values).max()
+
+            def error(amax: float, values: np.ndarray = values) -> float:
+                scale = amax / qmax
+                return float(((np.clip(np.rint(values / scale), -qmax - 1, qmax) * scale - values) ** 2).sum())
+
+            candidates = [largest * percent / 100 for percent in range(20, 101)]
+            assert error(found) <= min(map(error, candidates)) * (1 + 1e-5)
+            assert 0.19 * largest < found <= largest * (1 + 1e-6)
+
+
+def test_weight_ranges_that_follow_the_weights_are_no_place_for_a_method() -> None:
+    model = small_model()
+    before, states = ranges_of(model), states_of(model)
+    with pytest.raises(QATError, match=r"weight_method='mse': the range of 0\.weight_quantizer follows its weight.*frozen"):
+        calibrate(model, images(), weight_method="mse", progress=False)
+    assert same(ranges_of(model), before)
+    assert states_of(model) == states
+
+
 def test_every_site_quantizes_afterwards() -> None:
     model = small_model()
     calibrate(model, images(), progress=False)
@@ -466,6 +503,14 @@ def test_non_finite_weight_names_the_site(model: nn.Module) -> None:
     assert_refused(model, images(), r"^6\.weight_quantizer: NaN or Inf seen")
 
 
+def test_non_finite_weight_names_the_site_by_least_squared_error_too() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    qat.prepare(model, QuantConfig(weight_range="frozen"))
+    model[0].weight.data[0, 0] = float("inf")
+    with pytest.raises(QATError, match=r"^0\.weight_quantizer: NaN or Inf seen"):
+        calibrate(model, [torch.zeros(1, 3)], weight_method="mse", progress=False)
+
+
 def test_sites_without_data_are_all_listed_with_the_remedy() -> None:
     model = quantized(TwoInputs())
     model.forward = lambda x: model.a(x)
@@ -520,6 +565,7 @@ def test_unusable_data(model: nn.Module, data: Any, match: str) -> None:
     [
         ({"method": "kl"}, "method='kl': choose one of"),
         ({"percentile": 101}, "percentile=101"),
+        ({"weight_method": "entropy"}, "weight_method='entropy': choose one of max, mse"),
         ({"batches": 0}, "batches=0"),
         ({"batches": 1.5}, "batches=1.5"),
     ],

@@ -105,7 +105,9 @@ def test_a_step_does_not_wait_for_the_device(device, learn_scales):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("mode", "make"), [("default", network), ("reduce-overhead", network), ("max-autotune", small_network)])
+@pytest.mark.parametrize(
+    ("mode", "make"), [("default", network), ("reduce-overhead", network), ("max-autotune", small_network)]
+)
 @pytest.mark.parametrize("learn_scales", [False, True])
 def test_compiles_in_every_mode(mode, make, learn_scales):
     model, x = make("cuda", learn_scales=learn_scales), images("cuda")

@@ -17,7 +17,7 @@ from ..errors import QATError
 from ..modes import evaluating, isolated_random, uncompiled
 from ..quantizer import Quantizer, State, WeightQuantizer, quantizers
 from .batches import run_batch
-from .methods import check_method
+from .methods import check_method, check_weight_method
 from .observers import HistogramObserver, SiteObserver, WeightObserver, settle
 from .reduce import failed_ranks, rank, reduce_observers
 from .result import Calibration
@@ -29,6 +29,7 @@ def calibrate(
     *,
     method: str = "mse",
     percentile: float = 99.99,
+    weight_method: str = "max",
     batches: int | None = None,
     progress: bool = True,
 ) -> Calibration:
@@ -36,7 +37,7 @@ def calibrate(
 
     The model runs once over the data in float, in evaluation mode and without gradients; batch-norm statistics, training
     flags and the random state of torch, NumPy and Python stay as they are. Activations are counted in histograms, from which
-    ``method`` takes the ranges; weights get their maximum. In a distributed run every rank passes its own data, and all
+    ``method`` takes the ranges, of weights ``weight_method``. In a distributed run every rank passes its own data, and all
     end with the ranges of the union, exactly as if one process had seen it.
 
     If anything fails, the model is left as it was. On CUDA the pass neither copies anything to the host nor waits for the
@@ -51,6 +52,8 @@ def calibrate(
             ``"percentile"``: no percentile suits all models; ``"entropy"``: TensorRT's own, least KL divergence, clips more;
             ``"max"``: no clipping.
         percentile: For ``method="percentile"``; above 0, at most 100.
+        weight_method: ``"max"``; or ``"mse"``, least squared error, for weights of few bits, whose ranges must then stay:
+            prepare with ``QuantConfig(weight_range="frozen")`` or ``learn_scales=True``.
         batches: Stop after that many; ``None`` takes all. Not for a function.
         progress: Show a progress bar, on rank 0.
 
@@ -73,6 +76,7 @@ def calibrate(
         True
     """
     check_method(method, percentile)
+    check_weight_method(weight_method)
     check_data(data, batches)
     # DistributedDataParallel would broadcast buffers in each forward: ranks with fewer batches would be waited for.
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -84,9 +88,16 @@ def calibrate(
     if device.type == "meta":
         raise QATError("model: is on the meta device. Load its weights first")
 
+    following = [path for path, site in sites.items() if isinstance(site, WeightQuantizer) and site.follow]
+    if weight_method != "max" and following:
+        raise QATError(
+            f"weight_method={weight_method!r}: the range of {following[0]} follows its weight, whatever is found here. Prepare "
+            "with QuantConfig(weight_range='frozen') or learn_scales=True, or call qat.freeze_ranges(model) before"
+        )
+
     with _unchanged_on_failure(sites):
         log: list[SiteObserver] = []
-        activations, weights = _attach_observers(sites, log)
+        activations, weights = _attach_observers(sites, log, weight_method)
         failed = True
         try:
             with evaluating(model), isolated_random(model), torch.no_grad(), uncompiled():
@@ -105,6 +116,7 @@ def calibrate(
             sites,
             {path: observer.histogram for path, observer in activations.items()},
             {path: observer.amax for path, observer in weights.items()},
+            weight_method=weight_method,
         )
         result.apply(method, percentile=percentile)
         dead = result.dead_sites()
@@ -134,13 +146,13 @@ def _is_function(data: Any) -> bool:
 
 
 def _attach_observers(
-    sites: Mapping[str, Quantizer], log: list[SiteObserver]
+    sites: Mapping[str, Quantizer], log: list[SiteObserver], weight_method: str
 ) -> tuple[dict[str, HistogramObserver], dict[str, WeightObserver]]:
     activations: dict[str, HistogramObserver] = {}
     weights: dict[str, WeightObserver] = {}
     for path, site in sites.items():
         if isinstance(site, WeightQuantizer):
-            site.observer = weights[path] = WeightObserver(path, site, log)
+            site.observer = weights[path] = WeightObserver(path, site, log, method=weight_method)
         else:
             site.observer = activations[path] = HistogramObserver(path, log, device=site.amax.device)
         site.state = State.COLLECTING

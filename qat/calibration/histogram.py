@@ -132,7 +132,9 @@ class _DeviceCounts:
         if not self._in_rows or self._rows is None:
             return
         self._widen()
-        kernels.launch(self._kernels.fold_kernel, _LEVELS, (self.words, self._rows, self.counts), (), (_LOG2_BINS,), num_warps=8)
+        kernels.launch(
+            self._kernels.fold_kernel, _LEVELS, (self.words, self._rows, self.counts), (), (_LOG2_BINS,), num_warps=8
+        )
         self._in_rows = 0
 
     def _widen(self) -> None:

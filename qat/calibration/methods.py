@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import QATError
-from ..numerics import INT8, Format
+from ..kernels import fake_quantize
+from ..numerics import INT8, Format, amax_to_scale, largest_magnitude
 from .histogram import Histogram
 
 METHODS = ("max", "percentile", "mse", "entropy")
+WEIGHT_METHODS = ("max", "mse")
 
 
 def amax_by_max(counts: Tensor, width: float | Tensor, amax: float | Tensor) -> Tensor:
@@ -25,9 +27,7 @@ def amax_by_max(counts: Tensor, width: float | Tensor, amax: float | Tensor) -> 
     return _like(amax, counts).to(torch.float32)
 
 
-def amax_by_percentile(
-    counts: Tensor, width: float | Tensor, amax: float | Tensor, *, percentile: float = 99.99
-) -> Tensor:
+def amax_by_percentile(counts: Tensor, width: float | Tensor, amax: float | Tensor, *, percentile: float = 99.99) -> Tensor:
     """The magnitude below which ``percentile`` percent of the values lie.
 
     Args:
@@ -151,6 +151,37 @@ def divergences(counts: Tensor, levels: int = 128) -> Tensor:
     return torch.where((outliers > 0) & (last == 0), torch.inf, divergence)
 
 
+def weight_amax_by_mse(weight: Tensor, axis: int | None = None, *, fmt: Format = INT8) -> Tensor:
+    """The range of least squared error between a weight and its fake-quantized values, in percent of its largest magnitude.
+
+    For few bits: the largest of many weights lies far out, and then most weights share two or three codes.
+
+    Args:
+        weight: Floating, not empty.
+        axis: Channel dimension; ``None`` for one range.
+        fmt: Number format.
+
+    Returns:
+        float32, a scalar or one range a channel, between 20 and 100 % of the largest magnitude. Of equal ones the largest.
+
+    Example:
+        >>> from qat.numerics import INT4
+        >>> weight = torch.cat([torch.linspace(-1, 1, 99), torch.tensor([1.6])])
+        >>> weight_amax_by_mse(weight, fmt=INT4)
+        tensor(1.3600)
+    """
+    x = weight.detach().to(torch.float32)
+    largest = largest_magnitude(x, axis)
+    others = [dim for dim in range(x.ndim) if axis is None or dim != axis % x.ndim]
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for percent in range(100, 19, -1):
+        amax = largest * (percent / 100)
+        error = (fake_quantize(x, amax_to_scale(amax, fmt), axis=axis, fmt=fmt) - x).square_().sum(others)
+        best = torch.where(error < least, amax, best)
+        least = torch.minimum(error, least)
+    return best
+
+
 def find_amax(histogram: Histogram, method: str = "mse", *, percentile: float = 99.99, fmt: Format = INT8) -> Tensor:
     """The range of one tensor.
 
@@ -232,6 +263,12 @@ def check_method(method: str, percentile: float) -> None:
         raise QATError(f"method={method!r}: choose one of {', '.join(METHODS)}")
     if not 0 < percentile <= 100:
         raise QATError(f"percentile={percentile!r}: must lie above 0 and be at most 100")
+
+
+def check_weight_method(method: str) -> None:
+    """Raise :class:`QATError` for an unknown method."""
+    if method not in WEIGHT_METHODS:
+        raise QATError(f"weight_method={method!r}: choose one of {', '.join(WEIGHT_METHODS)}")
 
 
 def _from_zero(cumulative: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import QATError
 from ..quantizer import WeightQuantizer
 from .histogram import Histogram, float_of_bits
+from .methods import weight_amax_by_mse
 
 
 class _Repeats:
@@ -105,17 +106,22 @@ class WeightObserver(SiteObserver):
         path: Of the site.
         site: Says along which axis the range is taken.
         log: As of :class:`SiteObserver`.
+        method: ``"max"`` or ``"mse"``.
     """
 
-    def __init__(self, path: str, site: WeightQuantizer, log: list[SiteObserver] | None = None) -> None:
+    def __init__(self, path: str, site: WeightQuantizer, log: list[SiteObserver] | None = None, *, method: str = "max") -> None:
         super().__init__(path, log)
         self.site = site
+        self.method = method
         self.amax = torch.zeros_like(site.amax, requires_grad=False)
 
     def observe(self, weight: Tensor) -> None:
         if not weight.numel() or self._repeats.is_repeat(weight):
             return
         amax = self.site.weight_amax(weight)
+        if self.method == "mse":
+            # NaN and infinity stay what they are.
+            amax = torch.where(amax.isfinite(), weight_amax_by_mse(weight, self.site.axis, fmt=self.site.fmt), amax)
         if amax.device.type == "cpu" and not bool(amax.isfinite().all()):
             raise self._refusal()
         self.amax = torch.maximum(self.amax, amax)

@@ -21,15 +21,22 @@ class Calibration:
 
     Attributes:
         histograms: Of the activations, by site path.
-        weights: ``max(abs(weight))`` by site path, in the shape of the site's ``amax``.
+        weights: Their ranges by site path, in the shape of the site's ``amax``.
+        weight_method: What those are, ``"max"`` for ``max(abs(weight))``.
     """
 
     def __init__(
-        self, sites: Mapping[str, Quantizer], histograms: Mapping[str, Histogram], weights: Mapping[str, Tensor]
+        self,
+        sites: Mapping[str, Quantizer],
+        histograms: Mapping[str, Histogram],
+        weights: Mapping[str, Tensor],
+        *,
+        weight_method: str = "max",
     ) -> None:
         self._sites = dict(sites)
         self.histograms = dict(histograms)
         self.weights = dict(weights)
+        self.weight_method = weight_method
         self._applied: tuple[str, dict[str, Tensor]] | None = None
 
     def ranges(self, method: str = "mse", *, percentile: float = 99.99) -> dict[str, Tensor]:
@@ -56,7 +63,7 @@ class Calibration:
     def apply(self, method: str = "mse", *, percentile: float = 99.99) -> None:
         """Set the ranges of the calibrated model, in place, and start quantizing.
 
-        Activations get the ranges by ``method``; weights get their maximum, as it was during the pass.
+        Activations get the ranges by ``method``; weights get theirs, as they were during the pass.
 
         Args:
             method: As in :meth:`ranges`.
@@ -80,7 +87,7 @@ class Calibration:
 
     def __rich__(self) -> Table:
         method, ranges = self._applied or ("not applied", {})
-        table = Table(title=f"Activation ranges ({method})", caption=f"{len(self.weights)} weights: by max")
+        table = Table(title=f"Activation ranges ({method})", caption=f"{len(self.weights)} weights: by {self.weight_method}")
         table.add_column("site", overflow="fold")
         for column in ("max", "amax", "clipped", "SQNR dB"):
             table.add_column(column, justify="right", no_wrap=True)
