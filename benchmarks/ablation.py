@@ -1,9 +1,11 @@
 """What each setting of QATCallback is worth: fine-tuning with all defaults, against the same with one of them changed.
 
     python benchmarks/ablation.py --seeds 0 1 2 3 4 5 --jobs 2 --results FILE
+    python benchmarks/ablation.py --recipe efficientnet --config recipes/efficientnet-elpv-w4a8.yaml --part val --results FILE
 
-ResNet-20 on scikit-learn's digits, trained by the recipe and then fine-tuned, every variant from the same float model with the
-same order of batches. 8-bit PTQ loses nothing on them, so there are formats where it does. Differences are paired by seed.
+A recipe's network and data (ResNet-20 on scikit-learn's digits), trained by the recipe and then fine-tuned, every variant from
+the same float model with the same order of batches. 8-bit PTQ loses nothing on the digits, so there are formats where it does;
+with ``--config`` the format is that of the file. Differences are paired by seed. To choose settings, look at ``--part val``.
 """
 
 from __future__ import annotations
@@ -41,11 +43,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned scales, frozen from epoch 2": {"learn_scales": True, "freeze_ranges_epoch": 2},
     "distillation": {"distill_from": "float"},
     "oscillations dampened": {"dampen_oscillations": 0.01},
+    "weights by mse": {"calibration": {"weight_method": "mse"}, "config": {"weight_range": "frozen"}},
+    "weights by mse, learned scales": {"calibration": {"weight_method": "mse"}, "learn_scales": True},
 }
+# What only formats of few bits are tried with, as it takes its time: "epochs" multiplies those of the command line, "rounded"
+# starts from learned rounding with corrected biases.
+LONGER: dict[str, dict[str, Any]] = {
+    "three times the epochs": {"epochs": 3},
+    "three times the epochs, distillation": {"epochs": 3, "distill_from": "float"},
+    "three times the epochs, weights by mse": {**VARIANTS["weights by mse"], "epochs": 3},
+    "three times the epochs, weights by mse, learned scales": {**VARIANTS["weights by mse, learned scales"], "epochs": 3},
+    "three times the epochs, weights by mse, rounded": {**VARIANTS["weights by mse"], "epochs": 3, "rounded": True},
+}
+FLOAT, FLOAT_LONGER = "float", "float trained equally long"
 
 
-def run_seed(seed: int, epochs: int, lr: float, done: set[tuple[str, str]]) -> list[dict[str, Any]]:
+def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) -> list[dict[str, Any]]:
     """Every format and variant for one seed but those that are ``done``; a row each."""
+    import importlib
     import io
 
     import torch
@@ -53,29 +68,37 @@ def run_seed(seed: int, epochs: int, lr: float, done: set[tuple[str, str]]) -> l
     from torch.nn import functional as F
 
     import qat
-    from qat.recipes import models
+    from qat.recipes import models, training, variants
     from qat.recipes.data import load
-    from qat.recipes.resnet import ResNetSettings
-    from qat.recipes.training import fit, make_classifier
+    from qat.recipes.settings import parse
 
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     console = Console(file=io.StringIO())
-    settings = ResNetSettings(device="cpu", seed=seed, qat_epochs=epochs, qat_lr=lr)
-    data = load("digits")
+    module = importlib.import_module(f"qat.recipes.{args.recipe}")
+    kind = next(v for v in vars(module).values() if getattr(v, "recipe", None) == args.recipe)
+    given = ["--seed", str(seed), "--device", args.device, *(["--config", str(args.config)] if args.config else [])]
+    given += ["--qat-epochs", str(args.epochs)] if args.epochs else []
+    given += ["--qat-lr", str(args.lr)] if args.lr else []
+    settings = parse(kind, "", given)
+    device = training.device_of(settings)
+    data = load(settings.data, settings.data_dir, settings.image_size)
     torch.manual_seed(seed)
-    model = models.build(settings.arch, len(data.classes))
-    base = make_classifier(model, settings, fine_tune=False)
-    fit(base, data, settings, epochs=settings.epochs, name="float", console=console, seed=seed)
+    options = {"small_stem": settings.small_stem, "pretrained": settings.pretrained}
+    model = models.build(settings.arch, len(data.classes), image_size=data.image_size, **options)
+    base = training.make_classifier(model, settings, fine_tune=False)
+    training.fit(base, data, settings, epochs=settings.epochs, name="float", console=console, seed=seed)
     model.cpu().eval()
-    batches = list(data.loader(data.test, 256))
+    batches = list(data.loader(getattr(data, args.part), 256))
     labels = torch.cat([label for _, label in batches])
 
     def logits_of(model: Any) -> torch.Tensor:
-        model.eval()
+        model.eval().to(device)
         with torch.no_grad():
-            return torch.cat([model(images) for images, _ in batches])
+            found = torch.cat([model(images.to(device)).float().cpu() for images, _ in batches])
+        model.cpu()
+        return found
 
     reference = logits_of(model)
 
@@ -89,32 +112,61 @@ def run_seed(seed: int, epochs: int, lr: float, done: set[tuple[str, str]]) -> l
             "agreement": 100 * (logits.argmax(1) == reference.argmax(1)).float().mean().item(),
         }
 
-    rows = [] if ("", "float") in done else [row("", "float", reference)]
+    def tuned(model: Any, callback: Any, epochs: int, name: str) -> Any:
+        classifier = training.make_classifier(copy.deepcopy(model), settings, fine_tune=True)
+        classifier.train()
+        training.fit(classifier, data, settings, epochs=epochs, name=name, console=console, seed=seed + 1, callbacks=[callback])
+        return classifier.model
+
+    rows = [] if ("", FLOAT) in done else [row("", FLOAT, reference)]
     calibration = data.calibration(settings.calibration_images, settings.batch_size)
-    for name, config in FORMATS.items():
+    batch = [(images.to(device), label) for images, label in calibration]
+
+    def calibrated(config: qat.QuantConfig, **options: Any) -> Any:
+        found = copy.deepcopy(model).to(device)
+        qat.prepare(found, config, example_inputs=batch[0][0][:1])
+        qat.calibrate(found, batch, **options, progress=False)
+        return found
+
+    chosen = {name: variant for name, variant in {**VARIANTS, **LONGER}.items() if name in args.variants}
+    for factor in sorted({variant.get("epochs", 1) for variant in chosen.values()}):
+        name = FLOAT_LONGER + (f", {factor} times the epochs" if factor > 1 else "")
+        if ("", name) not in done:
+            rows.append(row("", name, logits_of(tuned(model, variants.FreezeBatchNorm(), factor * settings.qat_epochs, name))))
+    for name, of_format in formats(args).items():
+        plain = {**settings.quant.to_dict(), **of_format}
         for method in ("max", "percentile", "mse", "entropy"):
             if (name, f"PTQ, {method}") in done:
                 continue
-            ptq = copy.deepcopy(model)
-            qat.prepare(ptq, qat.QuantConfig.from_dict(config))
-            qat.calibrate(ptq, calibration, method=method, progress=False)
-            rows.append(row(name, f"PTQ, {method}", logits_of(ptq)))
-        for variant, options in VARIANTS.items():
+            rows.append(row(name, f"PTQ, {method}", logits_of(calibrated(qat.QuantConfig.from_dict(plain), method=method))))
+        for variant, options in chosen.items():
             if (name, variant) in done:
                 continue
-            given = dict(options)
+            given_options = dict(options)
+            config = qat.QuantConfig.from_dict({**plain, **given_options.pop("config", {})})
+            epochs = given_options.pop("epochs", 1) * settings.qat_epochs
+            calibrate_options = given_options.pop("calibration", {})
+            start = model
+            if given_options.pop("rounded", False):
+                start = calibrated(config, **calibrate_options)
+                images = max(variants.ROUNDING_IMAGES // settings.batch_size, 1)
+                qat.round_weights(start, batch, steps=settings.rounding_steps, batches=images, progress=False)
+                qat.correct_biases(start, batch, batches=images, progress=False)
+                start.cpu()
             callback = qat.QATCallback(
-                qat.QuantConfig.from_dict({**config, **given.pop("config", {})}),
-                calibration={"progress": False, **given.pop("calibration", {})},
+                config,
+                calibration={"progress": False, **calibrate_options},
                 calibration_data=calibration,
                 log_ranges=None,
-                **given,
+                **given_options,
             )
-            tuned = make_classifier(copy.deepcopy(model), settings, fine_tune=True)
-            tuned.train()
-            fit(tuned, data, settings, epochs=epochs, name=variant, console=console, seed=seed + 1, callbacks=[callback])
-            rows.append(row(name, variant, logits_of(tuned.model)))
+            rows.append(row(name, variant, logits_of(tuned(start, callback, epochs, variant))))
     return rows
+
+
+def formats(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The changes to the recipe's settings by the name of the format."""
+    return {args.config.stem: {}} if args.config else FORMATS
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -123,17 +175,18 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), error
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], names: list[str]) -> str:
     """Markdown: a table a format; differences to the defaults, and their standard errors."""
     lines = []
     found = {(r["format"], r["variant"], r["seed"]): r for r in rows}
     seeds = sorted({r["seed"] for r in rows})
-    loss, _ = mean_and_error([found["", "float", s]["loss"] for s in seeds])
-    top1, error = mean_and_error([found["", "float", s]["top1"] for s in seeds])
-    lines.append(f"Float: test loss {loss:.4f}, top-1 {top1:.2f} ± {error:.2f} %, {len(seeds)} seeds.\n")
-    for name in FORMATS:
+    for variant in dict.fromkeys(r["variant"] for r in rows if not r["format"]):
+        loss, _ = mean_and_error([found["", variant, s]["loss"] for s in seeds])
+        top1, error = mean_and_error([found["", variant, s]["top1"] for s in seeds])
+        lines.append(f"{variant}: loss {loss:.4f}, top-1 {top1:.2f} ± {error:.2f} %, {len(seeds)} seeds.\n")
+    for name in names:
         lines += [f"| {name} | loss | to the defaults | top-1 % | to the defaults | as float % |", "|---|---|---|---|---|---|"]
-        for variant in dict.fromkeys([*(r["variant"] for r in rows if r["variant"].startswith("PTQ")), *VARIANTS]):
+        for variant in dict.fromkeys(r["variant"] for r in rows if r["format"] == name):
             cells = []
             for figure, digits in (("loss", 4), ("top1", 2)):
                 mean, _ = mean_and_error([found[name, variant, s][figure] for s in seeds])
@@ -152,23 +205,30 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
-    parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning")
-    parser.add_argument("--lr", type=float, default=0.001, help="of fine-tuning, at its start")
+    parser.add_argument("--recipe", default="resnet", choices=("resnet", "mobilenet", "efficientnet", "vit"))
+    parser.add_argument("--config", type=Path, help="settings of the recipe (default: its own, in three formats)")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, *LONGER], metavar="VARIANT")
+    parser.add_argument("--part", default="test", choices=("val", "test"), help="images that the figures are of")
+    parser.add_argument("--epochs", type=int, help="of fine-tuning (default: the recipe's)")
+    parser.add_argument("--lr", type=float, help="of fine-tuning, at its start (default: the recipe's)")
+    parser.add_argument("--device", default="cpu", help="Lightning accelerator")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, required=True, help="JSON file; what is in it is not run again")
     args = parser.parse_args()
+    if "defaults" not in args.variants:
+        parser.error("--variants: differences are to the defaults, so name them too")
     rows = json.loads(args.results.read_text()) if args.results.exists() else []
-    wanted = {("", "float"), *((name, variant) for name in FORMATS for variant in VARIANTS)}
+    wanted = {("", FLOAT), *((name, variant) for name in formats(args) for variant in args.variants)}
     present = {seed: {(row["format"], row["variant"]) for row in rows if row["seed"] == seed} for seed in args.seeds}
     missing = {seed: done for seed, done in present.items() if wanted - done}
     begin = time.time()
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(run_seed, seed, args.epochs, args.lr, done) for seed, done in missing.items()]
+        jobs = [pool.submit(run_seed, seed, args, done) for seed, done in missing.items()]
         for job in concurrent.futures.as_completed(jobs):
             rows += job.result()
             args.results.write_text(json.dumps(rows, indent=1))
             print(f"seed {rows[-1]['seed']} after {time.time() - begin:.0f} s", file=sys.stderr, flush=True)
-    print(table(rows))
+    print(table(rows, list(formats(args))))
     return 0
 
 

@@ -629,9 +629,16 @@ def test_a_comparison_has_a_model_of_its_own_for_every_row(digits, tmp_path):
         ranges[name] = tuple(site.amax.abs().item() for site in sites)
     methods = {"ptq", "ptq_max", "ptq_percentile", "ptq_entropy", "qat_learned"}
     assert len({ranges[name] for name in methods}) == len(methods)
-    changed = {"float", "ptq_equalized", "ptq_rounded", "ptq_equalized_rounded", "qat", "qat_learned"}
+    changed = {"float", "ptq_equalized", "ptq_rounded", "ptq_equalized_rounded", "ptq_weights_rounded", "qat", "qat_learned"}
     assert len({weights[name] for name in changed}) == len(changed)
-    assert weights["float"] == weights["ptq"] == weights["ptq_max"]
+    assert weights["float"] == weights["ptq"] == weights["ptq_max"] == weights["ptq_weights"]
+    assert ranges["ptq"] == ranges["ptq_weights"]
+    largest, found = (
+        torch.cat([site.amax for _, site in quantizers(models[name]) if isinstance(site, WeightQuantizer)])
+        for name in ("ptq", "ptq_weights")
+    )
+    assert bool((found <= largest).all())
+    assert bool((found < largest).any())
 
 
 @pytest.mark.slow

@@ -47,7 +47,9 @@ class ClassifierSettings(RecipeSettings):
         choices=("labels", "float", "both"),
     )
     compare: bool = option(
-        False, "also PTQ by every other calibration method, equalized, with learned rounding; and QAT with learned scales"
+        False,
+        "also PTQ by every other calibration method, with weights by least squared error, equalized, with learned rounding; "
+        "and QAT with learned scales",
     )
     rounding_steps: int = option(1000, "steps of learned rounding for each layer", positive=True)
     weights: str | None = option(None, "start from this float checkpoint (a state dict) instead of training")

@@ -32,6 +32,7 @@ LABELS = {
 }
 # More rows with ``compare``.
 EQUALIZED, ROUNDED, BOTH, LEARNED = "ptq_equalized", "ptq_rounded", "ptq_equalized_rounded", "qat_learned"
+WEIGHTS, WEIGHTS_ROUNDED = "ptq_weights", "ptq_weights_rounded"
 # Learned rounding passes over them once for each layer.
 ROUNDING_IMAGES = 64
 
@@ -43,6 +44,7 @@ def labels(settings: ClassifierSettings) -> dict[str, str]:
         rows["ptq"] = f"PTQ, {settings.calibration}"
         rows |= {f"ptq_{method}": f"PTQ, {method}" for method in METHODS if method != settings.calibration}
         rows |= {EQUALIZED: "PTQ, equalized", ROUNDED: "PTQ, rounding learned, biases corrected", BOTH: "PTQ, all three"}
+        rows |= {WEIGHTS: "PTQ, weights by mse", WEIGHTS_ROUNDED: "PTQ, weights by mse, rounding learned, biases corrected"}
         rows[LEARNED] = "QAT, learned scales"
     if settings.teacher == "float":
         # The float model gives the outputs that it would be trained to give.
@@ -126,15 +128,26 @@ def after_training(
         models[EQUALIZED], _ = _calibrated(equal, settings, calibration, console, "calibration, equalized")
         models[ROUNDED] = _rounded(ptq, settings, calibration, console, "learned rounding")
         models[BOTH] = _rounded(models[EQUALIZED], settings, calibration, console, "learned rounding, equalized")
+        name = "calibration, weights by mse"
+        models[WEIGHTS], _ = _calibrated(model, settings, calibration, console, name, weight_method="mse")
+        models[WEIGHTS_ROUNDED] = _rounded(models[WEIGHTS], settings, calibration, console, "learned rounding, weights by mse")
     return {name: found.cpu().eval() for name, found in models.items()}
 
 
 def _calibrated(
-    model: nn.Module, settings: ClassifierSettings, calibration: DataLoader[Any], console: Console, name: str
+    model: nn.Module,
+    settings: ClassifierSettings,
+    calibration: DataLoader[Any],
+    console: Console,
+    name: str,
+    *,
+    weight_method: str = "max",
 ) -> tuple[nn.Module, Calibration]:
     device = device_of(settings)
     quantized = copy.deepcopy(model).to(device)
-    prepare(quantized, settings.quant, example_inputs=next(iter(calibration))[0][:1].to(device))
+    # Ranges that follow the weights are their maxima.
+    config = settings.quant if weight_method == "max" else replace(settings.quant, weight_range="frozen")
+    prepare(quantized, config, example_inputs=next(iter(calibration))[0][:1].to(device))
     with stage(console, name, len(calibration)) as advance:
 
         def run(model: nn.Module) -> None:
@@ -142,7 +155,8 @@ def _calibrated(
                 model(images.to(device))
                 advance()
 
-        return quantized, calibrate(quantized, run, method=settings.calibration, progress=False)
+        result = calibrate(quantized, run, method=settings.calibration, weight_method=weight_method, progress=False)
+        return quantized, result
 
 
 def _rounded(
