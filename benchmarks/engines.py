@@ -94,7 +94,7 @@ def export_model(name: str, out: Path, opset: int) -> str:
                 if isinstance(module, QuantAdd):
                     module.fuse = fuse
             arrays[graph] = quantized(images).numpy()
-    np.savez(out / f"{name}.part.npz", **arrays)
+    np.savez(out / f"{name}.part.npz", **arrays)  # type: ignore[arg-type]  # names of files, not of its parameter
     (out / f"{name}.part.npz").replace(out / f"{name}.npz")
     return name
 
@@ -283,8 +283,8 @@ def build_plan(job: Job, args: argparse.Namespace) -> None:
     import qat.tensorrt
 
     flags = VARIANTS[job.variant][1]
-    options = {name: getattr(args, name) for name in OPTIONS}
-    with qat.tensorrt.build(job.file, **flags, batch=job.batch, check=False, verbose_log=False, **options) as engine:
+    options: dict[str, Any] = {**flags, **{name: getattr(args, name) for name in OPTIONS}}
+    with qat.tensorrt.build(job.file, batch=job.batch, check=False, verbose_log=False, **options) as engine:
         engine.save(job.plan)
 
 
@@ -387,8 +387,8 @@ def enqueue_bound(row: dict[str, Any]) -> bool:
 
 
 def ratio(of: dict[str, dict[str, Any]], variant: str, base: str = "FP16", of_what: str = "median") -> str:
-    both = [of.get(name, {}).get(of_what) for name in (base, variant)]
-    return f"{both[0] / both[1]:.2f}" if all(both) else ""
+    before, after = (of.get(name, {}).get(of_what) for name in (base, variant))
+    return f"{before / after:.2f}" if before and after else ""
 
 
 def print_row(*cells: Any) -> None:

@@ -8,6 +8,7 @@ Prints the settings and a Markdown table.
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import resource
 import statistics
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxscript
@@ -64,14 +66,15 @@ def main() -> None:
         print(f"| {step} | {times[0]:.2f} | {statistics.median(times):.2f} | {peak_mib():.0f} | {size} |", flush=True)
 
     floats = [torchvision.models.get_model(args.arch, weights=None) for _ in range(args.repeat)]
-    row("prepare", [seconds(lambda model=model: qat.prepare(model)) for model in floats])
+    row("prepare", [seconds(functools.partial(qat.prepare, model)) for model in floats])
     del floats
     model = prepared(args.arch, x)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        for options in ({}, {"opset": 17}, {"int8_weights": True}, {"external_data": True}):
+        variants: tuple[dict[str, Any], ...] = ({}, {"opset": 17}, {"int8_weights": True}, {"external_data": True})
+        for options in variants:
             step = ", ".join(["export_onnx", *(f"{key}={value}" for key, value in options.items())])
-            times = [seconds(lambda options=options: qat.export_onnx(model, path, x, **options)) for _ in range(args.repeat)]
+            times = [seconds(functools.partial(qat.export_onnx, model, path, x, **options)) for _ in range(args.repeat)]
             files = [p for p in Path(folder).iterdir() if "external_data" in options or p.suffix == ".onnx"]
             row(step, times, f"{sum(p.stat().st_size for p in files) / 2**20:.1f}")
         qat.export_onnx(model, path, x)

@@ -22,7 +22,7 @@ from typing import Any
 
 from ablation import FORMATS, mean_and_error
 
-# What is applied, in this order: "equalize" before calibration, the others after.
+# What is applied, in this order: "equalize" before calibration, "weights" (their ranges by least squared error) in it.
 VARIANTS = {
     "PTQ, mse": (),
     "+ equalize": ("equalize",),
@@ -31,6 +31,9 @@ VARIANTS = {
     "+ round": ("round",),
     "+ equalize, round": ("equalize", "round"),
     "+ equalize, round, biases": ("equalize", "round", "biases"),
+    "+ weights": ("weights",),
+    "+ weights, round": ("weights", "round"),
+    "+ weights, round, biases": ("weights", "round", "biases"),
 }
 ARCHS = ("resnet20", "mobilenetv2")
 
@@ -64,7 +67,7 @@ def run_seed(arch: str, seed: int, steps: int) -> list[dict[str, Any]]:
 
     import qat
     from qat.recipes.data import load
-    from qat.recipes.settings import ResNetSettings
+    from qat.recipes.resnet import ResNetSettings
     from qat.recipes.training import fit, make_classifier
 
     torch.set_num_threads(1)
@@ -102,8 +105,9 @@ def run_seed(arch: str, seed: int, steps: int) -> list[dict[str, Any]]:
             ptq, begin = copy.deepcopy(model), time.time()
             if "equalize" in steps_taken:
                 qat.equalize(ptq, batches[0][0][:4])
-            qat.prepare(ptq, qat.QuantConfig.from_dict(config))
-            qat.calibrate(ptq, calibration, progress=False)
+            by_error = "weights" in steps_taken
+            qat.prepare(ptq, qat.QuantConfig.from_dict({**config, **({"weight_range": "frozen"} if by_error else {})}))
+            qat.calibrate(ptq, calibration, weight_method="mse" if by_error else "max", progress=False)
             if "round" in steps_taken:
                 qat.round_weights(ptq, calibration, steps=steps, progress=False)
             if "biases" in steps_taken:

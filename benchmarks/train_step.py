@@ -74,13 +74,14 @@ def with_torch_operators(model: Any) -> Any:
 
     class PerTensor(Quantizer):
         def forward(self, x: Any) -> Any:
-            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, self.fmt.qmin, self.fmt.qmax)
+            zero: Any = self.zero
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, zero, self.fmt.qmin, self.fmt.qmax)
 
     class PerChannel(WeightQuantizer):
         def forward(self, x: Any) -> Any:
-            return torch.fake_quantize_per_channel_affine(
-                x, self.range_scale(x), self.zero, self.axis, self.fmt.qmin, self.fmt.qmax
-            )
+            zero: Any = self.zero
+            assert self.axis is not None
+            return torch.fake_quantize_per_channel_affine(x, self.range_scale(x), zero, self.axis, self.fmt.qmin, self.fmt.qmax)
 
     for site in model.modules():
         if isinstance(site, Quantizer):
@@ -273,8 +274,8 @@ def report(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], fai
         ratio = ratio_of(medians[variant], medians.get(base, []))
         row = [one["in_a_row"] for one in rounds]
         rows = [f"{statistics.median(row):.1f}", ratio_of(row, [one["in_a_row"] for one in found.get(base, [])])]
-        peaks = [found[name][0]["peak"] if name in found else None for name in (variant, base)]
-        memory = ["" if peaks[0] is None else f"{peaks[0]:.2f}", "" if None in peaks else f"{peaks[0] / peaks[1]:.2f}"]
+        peak, base_peak = (found[name][0]["peak"] if name in found else None for name in (variant, base))
+        memory = ["" if peak is None else f"{peak:.2f}", "" if peak is None or base_peak is None else f"{peak / base_peak:.2f}"]
         first = statistics.median(one["first"] for one in rounds)
         gpu = [
             statistics.median([sum(one["kernels"].values()) for one in found.get(name, [])] or [0]) for name in (variant, base)
