@@ -191,7 +191,6 @@ def run_plan(plan: Path, arrays: Any) -> Any:
 
 
 def bad_plans_are_refused(at: Place) -> str:
-
     with at.build() as engine:
         plan = engine.plan
     said = []
