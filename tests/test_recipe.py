@@ -615,7 +615,7 @@ COMPARED = {"epochs": 1, "qat_epochs": 1, "device": "cpu", "compare": True, "rou
 
 
 def test_a_comparison_has_a_model_of_its_own_for_every_row(digits, tmp_path):
-    settings = mobilenet.MobileNetSettings(**COMPARED, teacher="float", qat_lr=0.01)
+    settings = resnet.ResNetSettings(**COMPARED, teacher="float", qat_lr=0.01)
     models = variants.train_all(settings, digits, 0, tmp_path, Console(quiet=True))
     rows = variants.labels(settings)
     assert set(models) == set(rows) - {"qat_fused"}
