@@ -46,6 +46,10 @@ SETTINGS = {kind.recipe: kind for kind in ClassifierSettings.__subclasses__()}
 RNG = np.random.RandomState(0)
 
 
+HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
+ENGINES = ("float", "ptq", "ptq-fused", "qat", "qat-fused")
+
+
 @pytest.fixture(scope="module")
 def digits():
     return load("digits")
@@ -525,7 +529,9 @@ def run_once(tmp_path_factory, name, arguments):
 def finished(tmp_path_factory):
     """A run that trains for an epoch: exit code and output folder."""
     results_row = tmp_path_factory.mktemp("row") / "RESULTS.md"
-    return run_once(tmp_path_factory, "finished", ["--epochs", "2", "--qat-epochs", "1", "--results-row", str(results_row)])
+    arguments = ["--epochs", "2", "--qat-epochs", "1", "--results-row", str(results_row)]
+    # One run for all: it takes half a minute without engines, too.
+    return run_once(tmp_path_factory, "finished", arguments + (["--engine"] if HAS_RTX else []))
 
 
 def test_run_succeeds_and_writes_everything(finished):
@@ -535,6 +541,7 @@ def test_run_succeeds_and_writes_everything(finished):
         *("float.pt", "ptq.pt", "float_longer.ckpt", "qat.ckpt", "metrics.json", "results.png"),
         *("float.onnx", "float-longer.onnx", "ptq.onnx", "ptq-int8.onnx", "qat.onnx", "qat-int8.onnx"),
         *("qat-fused.onnx", "qat-fused-int8.onnx"),
+        *(f"{stem}{end}" for stem in ENGINES for end in ("-engine.onnx", ".plan") if HAS_RTX),
     }
     assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
 
@@ -715,11 +722,11 @@ def test_float_weights_can_start_another_run(finished):
 
 
 @pytest.fixture(scope="module")
-def engines(finished, tmp_path_factory):
-    """A run from the float weights of the other one that builds engines: exit code and output folder."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed (pip install -e '.[rtx]')")
-    arguments = ["--weights", str(finished[1] / "float.pt"), "--qat-epochs", "1", "--engine"]
-    return run_once(tmp_path_factory, "engines", arguments)
+def engines(finished):
+    """The run, which has built engines: exit code and output folder."""
+    if not HAS_RTX:
+        pytest.skip("TensorRT-RTX is not installed (pip install -e '.[rtx]')")
+    return finished
 
 
 def test_engines_cover_every_quantized_layer(engines):
@@ -736,10 +743,9 @@ def test_engines_cover_every_quantized_layer(engines):
 
 def test_engines_are_plans_of_the_files_beside_them(engines):
     out = engines[1]
-    stems = ("float", "ptq", "ptq-fused", "qat", "qat-fused")
-    assert all((out / f"{stem}.plan").stat().st_size > 10_000 for stem in stems)
+    assert all((out / f"{stem}.plan").stat().st_size > 10_000 for stem in ENGINES)
     pairs = {}
-    for stem in stems:
+    for stem in ENGINES:
         nodes = onnx.load(out / f"{stem}-engine.onnx").graph.node
         pairs[stem] = sum(node.op_type == "QuantizeLinear" for node in nodes)
     assert pairs["float"] == 0
