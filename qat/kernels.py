@@ -24,6 +24,8 @@ _BLOCK = 4096
 _WORD = 32
 _WORDS = _BLOCK // _WORD
 _SMALLEST_BLOCK = 64
+# What is to be one operation, rounded once, says so in the kernels. Versions of Triton differ in what they fuse themselves.
+_OPTIONS = {"enable_fp_fusion": False}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -259,11 +261,9 @@ def launch(
         constants: What the kernel is compiled for.
         options: Of Triton.
     """
-    # What is to be one operation, rounded once, says so in the kernels. Versions of Triton differ in what they fuse themselves.
-    options["enable_fp_fusion"] = False
     x = tensors[0]
     if not x.is_cuda:
-        kernel[(programs,)](*tensors, *sizes, *constants, **options)
+        kernel[(programs,)](*tensors, *sizes, *constants, **options, **_OPTIONS)
         return
     device = x.get_device()
     if device != torch.cuda.current_device():
@@ -282,7 +282,7 @@ def launch(
     compiled = _compiled(kernel)
     known = compiled.get(kind)
     if known is None:
-        compiled[kind] = kernel[(programs,)](*tensors, *sizes, *constants, **options)
+        compiled[kind] = kernel[(programs,)](*tensors, *sizes, *constants, **options, **_OPTIONS)
     else:
         known[(programs, 1, 1)](*tensors, *sizes, *constants)
 

@@ -503,10 +503,11 @@ def test_non_finite_weight_names_the_site(model: nn.Module) -> None:
     assert_refused(model, images(), r"^6\.weight_quantizer: NaN or Inf seen")
 
 
-def test_non_finite_weight_names_the_site_by_least_squared_error_too() -> None:
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_non_finite_weight_names_the_site_by_least_squared_error_too(bad: float) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     qat.prepare(model, QuantConfig(weight_range="frozen"))
-    model[0].weight.data[0, 0] = float("inf")
+    model[0].weight.data[0, 0] = bad
     with pytest.raises(QATError, match=r"^0\.weight_quantizer: NaN or Inf seen"):
         calibrate(model, [torch.zeros(1, 3)], weight_method="mse", progress=False)
 

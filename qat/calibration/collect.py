@@ -92,7 +92,7 @@ def calibrate(
     if weight_method != "max" and following:
         raise QATError(
             f"weight_method={weight_method!r}: the range of {following[0]} follows its weight, whatever is found here. Prepare "
-            "with QuantConfig(weight_range='frozen') or learn_scales=True, or call qat.freeze_ranges(model) before"
+            "with QuantConfig(weight_range='frozen') or learn_scales=True"
         )
 
     with _unchanged_on_failure(sites):

@@ -163,6 +163,7 @@ def weight_amax_by_mse(weight: Tensor, axis: int | None = None, *, fmt: Format =
 
     Returns:
         float32, a scalar or one range a channel, between 20 and 100 % of the largest magnitude. Of equal ones the largest.
+        NaN and infinity of a channel are its range.
 
     Example:
         >>> from qat.numerics import INT4

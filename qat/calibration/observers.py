@@ -118,10 +118,9 @@ class WeightObserver(SiteObserver):
     def observe(self, weight: Tensor) -> None:
         if not weight.numel() or self._repeats.is_repeat(weight):
             return
-        amax = self.site.weight_amax(weight)
-        if self.method == "mse":
-            # NaN and infinity stay what they are.
-            amax = torch.where(amax.isfinite(), weight_amax_by_mse(weight, self.site.axis, fmt=self.site.fmt), amax)
+        by_error = self.method == "mse"
+        site = self.site
+        amax = weight_amax_by_mse(weight, site.axis, fmt=site.fmt) if by_error else site.weight_amax(weight)
         if amax.device.type == "cpu" and not bool(amax.isfinite().all()):
             raise self._refusal()
         self.amax = torch.maximum(self.amax, amax)
