@@ -49,8 +49,8 @@ def calibrate(
             tuples and lists ``(inputs, target, ...)`` (only the inputs are used); or a function that is called with the
             model and runs it. Use training data: ranges chosen on validation data flatter the validation score.
         method: ``"mse"``: least squared error, which follows the tensor's distribution and needs no setting;
-            ``"percentile"``: no percentile suits all models; ``"entropy"``: TensorRT's own, least KL divergence, clips more;
-            ``"max"``: no clipping.
+            ``"percentile"``: no percentile suits all models; ``"entropy"``: TensorRT's own, least KL divergence, clips more,
+            but not where that makes the squared error ten times the least; ``"max"``: no clipping.
         percentile: For ``method="percentile"``; above 0, at most 100.
         weight_method: ``"max"``; or ``"mse"``, least squared error, for weights of few bits, whose ranges must then stay:
             prepare with ``QuantConfig(weight_range="frozen")`` or ``learn_scales=True``.

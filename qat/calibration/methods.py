@@ -61,25 +61,26 @@ def amax_by_mse(counts: Tensor, width: float | Tensor, amax: float | Tensor, *, 
     first, used = fmt.qmax + 2, _used(counts, width, amax)
     if counts.shape[-1] < first:
         return amax_by_max(counts, width, amax)
-    errors = _without(mse_errors(counts, fmt=fmt), first, used)
+    errors = _without(mse_errors(counts, first, fmt=fmt), first, used)
     found = _capped(first + _last_minimum(errors), counts, width, amax)
     return torch.where((used >= first) & counts.any(-1), found, amax_by_max(counts, width, amax))
 
 
-def mse_errors(counts: Tensor, *, fmt: Format = INT8) -> Tensor:
+def mse_errors(counts: Tensor, first: int, *, fmt: Format = INT8) -> Tensor:
     """Squared error of each candidate of :func:`amax_by_mse`, as a share of the signal's energy.
 
     Args:
-        counts: Shape ``(..., n)``, ``n > fmt.qmax + 1``.
+        counts: Shape ``(..., n)``, ``n >= first``.
+        first: Number of bins of the first candidate, positive.
         fmt: Number format.
 
     Returns:
-        Shape ``(..., n - fmt.qmax - 1)``, float64; element ``k`` belongs to the right edge of bin ``fmt.qmax + 1 + k``.
+        Shape ``(..., n - first + 1)``, float64; element ``k`` is for the range of ``first + k`` bins.
     """
     count = counts.to(torch.float64)
     n, device = count.shape[-1], count.device
     centre = torch.arange(n, dtype=torch.float64, device=device) + 0.5
-    scale = torch.arange(fmt.qmax + 2, n + 1, dtype=torch.float64, device=device) / fmt.qmax
+    scale = torch.arange(first, n + 1, dtype=torch.float64, device=device) / fmt.qmax
     code = torch.arange(1, fmt.qmax + 2, dtype=torch.float64, device=device)
     # Code q begins at the first bin whose centre is not below (q - 1/2) * scale; at a tie both codes are equally far.
     begin = ((code - 0.5) * scale[:, None]).sub_(0.5).ceil_().clamp_(max=n).to(torch.int32)
@@ -90,7 +91,15 @@ def mse_errors(counts: Tensor, *, fmt: Format = INT8) -> Tensor:
     return error / energy
 
 
-def amax_by_entropy(counts: Tensor, width: float | Tensor, amax: float | Tensor, *, fmt: Format = INT8) -> Tensor:
+def amax_by_entropy(
+    counts: Tensor,
+    width: float | Tensor,
+    amax: float | Tensor,
+    *,
+    fmt: Format = INT8,
+    clipped: float = 0.001,
+    error_factor: float = 10.0,
+) -> Tensor:
     """The range of least Kullback-Leibler divergence between the clipped and the quantized distribution.
 
     The algorithm of TensorRT's entropy calibrator as NVIDIA published it (S. Migacz, GTC 2017, talk S7310) in the form of
@@ -98,18 +107,23 @@ def amax_by_entropy(counts: Tensor, width: float | Tensor, amax: float | Tensor,
     128 to ``n``; its reference is those bins with all outliers added to the last one, its approximation the same bins,
     without outliers, averaged over the non-empty bins of each of 128 levels. The last minimum wins.
 
-    A candidate that clips more than half of the values does not count, unlike there: the two distributions agree where nearly
-    everything is an outlier and so in the last bin. Gates of squeeze-and-excitation, whose values lie around 0.5 with few
-    below, got such ranges, and networks with them guessed.
+    Unlike there, a candidate does not count that clips more than the share ``clipped`` of the values and has more than
+    ``error_factor`` times the least squared error. The divergence compares shares of values, not values: where many of them
+    are equal, as the pixels of a black background, it is least for a range that ends at that value and clips all that lies
+    above. Gates of squeeze-and-excitation, around 0.5 with few values below, were clipped to those few. The defaults were
+    chosen by measurement (benchmarks/RESULTS.md); with them the ranges of Gaussian, exponential, log-normal and Student-t
+    values, and those that cut off rare outliers, are the published algorithm's. So are all with ``clipped=1``.
 
     Fewer bins than levels leave no candidate: the result is ``amax``.
     """
     levels, used = fmt.qmax + 1, _used(counts, width, amax)
     if counts.shape[-1] < levels:
         return amax_by_max(counts, width, amax)
+    errors = _without(mse_errors(counts, levels, fmt=fmt), levels, used)
     inside = counts.cumsum(-1)
-    outside = 2 * inside[..., levels - 1 :] < inside[..., -1:]
-    candidates = _without(torch.where(outside, torch.inf, divergences(counts, levels)), levels, used)
+    beyond = (inside[..., -1:] - inside[..., levels - 1 :]) > clipped * inside[..., -1:].to(torch.float64)
+    destroyed = beyond & (errors > error_factor * errors.amin(-1, keepdim=True) + 1e-12)
+    candidates = _without(torch.where(destroyed, torch.inf, divergences(counts, levels)), levels, used)
     found = _capped(levels + _last_minimum(candidates), counts, width, amax)
     return torch.where((used >= levels) & counts[..., 1:].any(-1), found, amax_by_max(counts, width, amax))
 
