@@ -73,7 +73,7 @@ def last_minimum(values: np.ndarray) -> int:
 def kept(counts: np.ndarray, divergences: np.ndarray) -> np.ndarray:
     """Divergences, infinite where over a thousandth is clipped and the squared error is over ten times the least."""
     errors = mse_loop(counts, 127, 128)
-    clipped = [counts[kept:].sum() / counts.sum() for kept in range(128, len(counts) + 1)]
+    clipped = [counts[bins:].sum() / counts.sum() for bins in range(128, len(counts) + 1)]
     return np.where((np.array(clipped) > 0.001) & (errors > 10 * errors.min() + 1e-12), np.inf, divergences)
 
 

@@ -50,7 +50,7 @@ def calibrate(
             model and runs it. Use training data: ranges chosen on validation data flatter the validation score.
         method: ``"mse"``: least squared error, which follows the tensor's distribution and needs no setting;
             ``"percentile"``: no percentile suits all models; ``"entropy"``: TensorRT's own, least KL divergence, clips more,
-            but not where that makes the squared error ten times the least; ``"max"``: no clipping.
+            but not over 0.1 % of the values at ten times the least squared error; ``"max"``: no clipping.
         percentile: For ``method="percentile"``; above 0, at most 100.
         weight_method: ``"max"``; or ``"mse"``, least squared error, for weights of few bits, whose ranges must then stay:
             prepare with ``QuantConfig(weight_range="frozen")`` or ``learn_scales=True``.

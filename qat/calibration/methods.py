@@ -111,8 +111,8 @@ def amax_by_entropy(
     ``error_factor`` times the least squared error. The divergence compares shares of values, not values: where many of them
     are equal, as the pixels of a black background, it is least for a range that ends at that value and clips all that lies
     above. Gates of squeeze-and-excitation, around 0.5 with few values below, were clipped to those few. The defaults were
-    chosen by measurement (benchmarks/RESULTS.md); with them the ranges of Gaussian, exponential, log-normal and Student-t
-    values, and those that cut off rare outliers, are the published algorithm's. So are all with ``clipped=1``.
+    chosen by measurement (benchmarks/RESULTS.md); with them the ranges of Gaussian, exponential, standard log-normal and
+    Student-t values, and those that cut off rare outliers, are the published algorithm's. So are all with ``clipped=1``.
 
     Fewer bins than levels leave no candidate: the result is ``amax``.
     """
