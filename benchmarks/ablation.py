@@ -3,6 +3,9 @@
     python benchmarks/ablation.py --seeds 0 1 2 3 4 5 --jobs 2 --results FILE
     python benchmarks/ablation.py --recipe efficientnet --config recipes/efficientnet-elpv-w4a8.yaml --part val --results FILE
 
+FILE gets a line of JSON as soon as a variant is measured, and the float model of each seed is kept beside it: a run that was cut
+off goes on where it stopped, from the same float model (training on a GPU does not repeat itself to the bit).
+
 A recipe's network and data (ResNet-20 on scikit-learn's digits), trained by the recipe and then fine-tuned, every variant from
 the same float model with the same order of batches. 8-bit PTQ loses nothing on the digits, so there are formats where it does;
 with ``--config`` the format is that of the file. Differences are paired by seed. To choose settings, look at ``--part val``.
@@ -58,8 +61,8 @@ LONGER: dict[str, dict[str, Any]] = {
 FLOAT, FLOAT_LONGER = "float", "float trained equally long"
 
 
-def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Every format and variant for one seed but those that are ``done``; a row each."""
+def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) -> int:
+    """Every format and variant for one seed but those that are ``done``, each a line of the results; returns the seed."""
     import importlib
     import io
 
@@ -87,8 +90,14 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
     torch.manual_seed(seed)
     options = {"small_stem": settings.small_stem, "pretrained": settings.pretrained}
     model = models.build(settings.arch, len(data.classes), image_size=data.image_size, **options)
-    base = training.make_classifier(model, settings, fine_tune=False)
-    training.fit(base, data, settings, epochs=settings.epochs, name="float", console=console, seed=seed)
+    kept = args.results.with_suffix(f".seed{seed}.pt")
+    if kept.exists():
+        model.load_state_dict(torch.load(kept, weights_only=True))
+    else:
+        base = training.make_classifier(model, settings, fine_tune=False)
+        training.fit(base, data, settings, epochs=settings.epochs, name="float", console=console, seed=seed)
+        torch.save(model.cpu().state_dict(), kept.with_suffix(".new"))
+        kept.with_suffix(".new").replace(kept)
     model.cpu().eval()
     batches = list(data.loader(getattr(data, args.part), 256))
     labels = torch.cat([label for _, label in batches])
@@ -102,8 +111,8 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
 
     reference = logits_of(model)
 
-    def row(of_format: str, variant: str, logits: torch.Tensor) -> dict[str, Any]:
-        return {
+    def measured(of_format: str, variant: str, logits: torch.Tensor) -> None:
+        row = {
             "seed": seed,
             "format": of_format,
             "variant": variant,
@@ -111,6 +120,9 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
             "top1": 100 * (logits.argmax(1) == labels).float().mean().item(),
             "agreement": 100 * (logits.argmax(1) == reference.argmax(1)).float().mean().item(),
         }
+        # One write of a whole line: the processes of other seeds append to the same file.
+        with args.results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def tuned(model: Any, callback: Any, epochs: int, name: str) -> Any:
         classifier = training.make_classifier(copy.deepcopy(model), settings, fine_tune=True)
@@ -118,7 +130,8 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
         training.fit(classifier, data, settings, epochs=epochs, name=name, console=console, seed=seed + 1, callbacks=[callback])
         return classifier.model
 
-    rows = [] if ("", FLOAT) in done else [row("", FLOAT, reference)]
+    if ("", FLOAT) not in done:
+        measured("", FLOAT, reference)
     calibration = data.calibration(settings.calibration_images, settings.batch_size)
     batch = [(images.to(device), label) for images, label in calibration]
 
@@ -132,13 +145,13 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
     for factor in sorted({variant.get("epochs", 1) for variant in chosen.values()}):
         name = FLOAT_LONGER + (f", {factor} times the epochs" if factor > 1 else "")
         if ("", name) not in done:
-            rows.append(row("", name, logits_of(tuned(model, variants.FreezeBatchNorm(), factor * settings.qat_epochs, name))))
+            measured("", name, logits_of(tuned(model, variants.FreezeBatchNorm(), factor * settings.qat_epochs, name)))
     for name, of_format in formats(args).items():
         plain = {**settings.quant.to_dict(), **of_format}
         for method in ("max", "percentile", "mse", "entropy"):
             if (name, f"PTQ, {method}") in done:
                 continue
-            rows.append(row(name, f"PTQ, {method}", logits_of(calibrated(qat.QuantConfig.from_dict(plain), method=method))))
+            measured(name, f"PTQ, {method}", logits_of(calibrated(qat.QuantConfig.from_dict(plain), method=method)))
         for variant, options in chosen.items():
             if (name, variant) in done:
                 continue
@@ -160,13 +173,18 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
                 log_ranges=None,
                 **given_options,
             )
-            rows.append(row(name, variant, logits_of(tuned(start, callback, epochs, variant))))
-    return rows
+            measured(name, variant, logits_of(tuned(start, callback, epochs, variant)))
+    return seed
 
 
 def formats(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The changes to the recipe's settings by the name of the format."""
     return {args.config.stem: {}} if args.config else FORMATS
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """The rows measured so far."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -176,28 +194,35 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def table(rows: list[dict[str, Any]], names: list[str]) -> str:
-    """Markdown: a table a format; differences to the defaults, and their standard errors."""
+    """Markdown: a table a format; differences to the defaults, and their standard errors, over the seeds that have both."""
     lines = []
     found = {(r["format"], r["variant"], r["seed"]): r for r in rows}
     seeds = sorted({r["seed"] for r in rows})
     for variant in dict.fromkeys(r["variant"] for r in rows if not r["format"]):
-        loss, _ = mean_and_error([found["", variant, s]["loss"] for s in seeds])
-        top1, error = mean_and_error([found["", variant, s]["top1"] for s in seeds])
-        lines.append(f"{variant}: loss {loss:.4f}, top-1 {top1:.2f} ± {error:.2f} %, {len(seeds)} seeds.\n")
+        those = [found["", variant, s] for s in seeds if ("", variant, s) in found]
+        loss, _ = mean_and_error([r["loss"] for r in those])
+        top1, error = mean_and_error([r["top1"] for r in those])
+        lines.append(f"{variant}: loss {loss:.4f}, top-1 {top1:.2f} ± {error:.2f} %, {len(those)} seeds.\n")
     for name in names:
-        lines += [f"| {name} | loss | to the defaults | top-1 % | to the defaults | as float % |", "|---|---|---|---|---|---|"]
+        lines += [f"| {name} | loss | to the defaults | top-1 % | to the defaults | as float % | seeds |", "|---|---|---|---|---|---|---|"]
         for variant in dict.fromkeys(r["variant"] for r in rows if r["format"] == name):
+            pairs = [
+                (found[name, variant, s], found[name, "defaults", s])
+                for s in seeds
+                if (name, variant, s) in found and (name, "defaults", s) in found
+            ]
+            if not pairs:
+                continue
             cells = []
             for figure, digits in (("loss", 4), ("top1", 2)):
-                mean, _ = mean_and_error([found[name, variant, s][figure] for s in seeds])
-                apart = [found[name, variant, s][figure] - found[name, "defaults", s][figure] for s in seeds]
-                difference, error = mean_and_error(apart)
+                mean, _ = mean_and_error([row[figure] for row, _ in pairs])
+                difference, error = mean_and_error([row[figure] - default[figure] for row, default in pairs])
                 cells += [
                     f"{mean:.{digits}f}",
                     "" if variant == "defaults" else f"{difference:+.{digits}f} ± {error:.{digits}f}",
                 ]
-            agreement, _ = mean_and_error([found[name, variant, s]["agreement"] for s in seeds])
-            lines.append(f"| {variant} | {' | '.join(cells)} | {agreement:.2f} |")
+            agreement, _ = mean_and_error([row["agreement"] for row, _ in pairs])
+            lines.append(f"| {variant} | {' | '.join(cells)} | {agreement:.2f} | {len(pairs)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -213,11 +238,11 @@ def main() -> int:
     parser.add_argument("--lr", type=float, help="of fine-tuning, at its start (default: the recipe's)")
     parser.add_argument("--device", default="cpu", help="Lightning accelerator")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--results", type=Path, required=True, help="JSON file; what is in it is not run again")
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines; what is in it is not run again")
     args = parser.parse_args()
     if "defaults" not in args.variants:
         parser.error("--variants: differences are to the defaults, so name them too")
-    rows = json.loads(args.results.read_text()) if args.results.exists() else []
+    rows = read(args.results)
     wanted = {("", FLOAT), *((name, variant) for name in formats(args) for variant in args.variants)}
     present = {seed: {(row["format"], row["variant"]) for row in rows if row["seed"] == seed} for seed in args.seeds}
     missing = {seed: done for seed, done in present.items() if wanted - done}
@@ -225,10 +250,8 @@ def main() -> int:
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(run_seed, seed, args, done) for seed, done in missing.items()]
         for job in concurrent.futures.as_completed(jobs):
-            rows += job.result()
-            args.results.write_text(json.dumps(rows, indent=1))
-            print(f"seed {rows[-1]['seed']} after {time.time() - begin:.0f} s", file=sys.stderr, flush=True)
-    print(table(rows, list(formats(args))))
+            print(f"seed {job.result()} after {time.time() - begin:.0f} s", file=sys.stderr, flush=True)
+    print(table(read(args.results), list(formats(args))))
     return 0
 
 
