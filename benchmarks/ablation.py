@@ -59,6 +59,8 @@ LONGER: dict[str, dict[str, Any]] = {
     "three times the epochs, weights by mse, rounded": {**VARIANTS["weights by mse"], "epochs": 3, "rounded": True},
 }
 FLOAT, FLOAT_LONGER = "float", "float trained equally long"
+# The float model has the batch-norm schedule of the variants that it is compared with.
+BATCH_NORM: dict[int | None, str] = {0: "", 2: ", batch norm frozen from epoch 2", None: ", batch norm never frozen"}
 
 
 def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) -> int:
@@ -142,10 +144,12 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
         return found
 
     chosen = {name: variant for name, variant in {**VARIANTS, **LONGER}.items() if name in args.variants}
-    for factor in sorted({variant.get("epochs", 1) for variant in chosen.values()}):
-        name = FLOAT_LONGER + (f", {factor} times the epochs" if factor > 1 else "")
+    schedules = {(variant.get("epochs", 1), variant.get("freeze_bn_epoch", 0)) for variant in chosen.values()}
+    for factor, first in sorted(schedules, key=str):
+        name = FLOAT_LONGER + (f", {factor} times the epochs" if factor > 1 else "") + BATCH_NORM[first]
         if ("", name) not in done:
-            measured("", name, logits_of(tuned(model, variants.FreezeBatchNorm(), factor * settings.qat_epochs, name)))
+            frozen = variants.FreezeBatchNorm(factor * settings.qat_epochs if first is None else first)
+            measured("", name, logits_of(tuned(model, frozen, factor * settings.qat_epochs, name)))
     for name, of_format in formats(args).items():
         plain = {**settings.quant.to_dict(), **of_format}
         for method in ("max", "percentile", "mse", "entropy"):

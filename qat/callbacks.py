@@ -66,7 +66,9 @@ class QATCallback(Callback):
         target: Attribute path, or paths, of the sub-models to prepare. By default every child that holds convolution,
             linear or attention layers, except metrics, losses and frozen teachers. When the layers are attributes of
             the LightningModule itself, or of several children that its ``forward`` chains, it is prepared as a whole.
-        freeze_bn_epoch: First epoch (from 0) with frozen batch-norm statistics; ``None`` never freezes them.
+        freeze_bn_epoch: First epoch (from 0) with frozen batch-norm statistics; ``None`` never freezes them. Frozen from the
+            start is safe with batches of any size; half of the epochs was better in our ablations with batches of 32 and
+            more, most of all with 4-bit weights, and worse with batches of 4 (benchmarks/RESULTS.md).
         reestimate_bn: Number of training batches over which the batch-norm statistics are averaged anew at the end of each
             epoch, before its validation; ``None`` leaves them. Costs as many forward passes.
         learn_scales: Overrides ``config.learn_scales``.

@@ -337,6 +337,7 @@ def test_command_line_wins_over_the_file(tmp_path):
         ("epochs: 0", "epochs=0: must be positive"),
         ("arch: resnet19", "arch='resnet19': choose one of resnet20"),
         ("quant: {add_input: both}", "unknown key 'add_input'"),
+        ("freeze_bn_epoch: -1", "freeze_bn_epoch=-1: must be an epoch from 0; 4 never freezes"),
         ("seeds: [a]", r"seeds=\['a'\]: must be"),
         ("- 3", "must hold settings"),
         ("a: [", "config="),
@@ -436,7 +437,7 @@ def test_fine_tuning_ends_at_one_percent_of_the_learning_rate(digits):
 
 
 def test_frozen_batch_norm_of_the_control_stays(digits):
-    model = train(digits, callbacks=[FreezeBatchNorm()])[0].model
+    model = train(digits, callbacks=[FreezeBatchNorm(0)])[0].model
     assert torch.equal(model.bn1.running_mean, torch.zeros(16))
 
 
@@ -646,6 +647,14 @@ def test_a_comparison_has_a_model_of_its_own_for_every_row(digits, tmp_path):
     )
     assert bool((found <= largest).all())
     assert bool((found < largest).any())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_control_has_the_batch_norm_schedule_of_qat(digits, tmp_path, first):
+    settings = resnet.ResNetSettings(epochs=1, qat_epochs=1, device="cpu", calibration_images=64, freeze_bn_epoch=first)
+    models = variants.train_all(settings, digits, 0, tmp_path, Console(quiet=True))
+    means = {name: models[name].bn1.running_mean for name in ("float", "float_longer", "qat")}
+    assert torch.equal(means["float"], means["float_longer"]) == torch.equal(means["float"], means["qat"]) == (first == 0)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ class ClassifierSettings(RecipeSettings):
     image_size: int | None = option(None, "height and width in pixels (default: usual for the data set)", positive=True)
     epochs: int = option(20, "epochs of float training; 0 takes the network as it is (with --pretrained)")
     qat_epochs: int = option(4, "epochs of fine-tuning, quantized and, for comparison, float", positive=True)
+    freeze_bn_epoch: int = option(0, "first epoch (from 0) of fine-tuning with frozen batch-norm statistics")
     batch_size: int = option(64, "images a step", positive=True)
     optimizer: str = option("sgd", "SGD with Nesterov momentum 0.9, or AdamW", choices=("sgd", "adamw"))
     lr: float = option(0.1, "peak learning rate of float training (warm-up, cosine)", positive=True)
@@ -67,6 +68,8 @@ class ClassifierSettings(RecipeSettings):
         super().__post_init__()
         if self.epochs < 0 or (self.epochs == 0 and not self.pretrained and self.weights is None):
             raise QATError(f"epochs={self.epochs!r}: must be positive, or 0 for a network with weights")
+        if self.freeze_bn_epoch < 0:
+            raise QATError(f"freeze_bn_epoch={self.freeze_bn_epoch!r}: must be an epoch from 0; {self.qat_epochs} never freezes")
 
 
 def make_parser(kind: type[RecipeSettings], description: str) -> argparse.ArgumentParser:

@@ -115,11 +115,18 @@ class Classifier(pl.LightningModule):
 
 
 class FreezeBatchNorm(Callback):
-    """Keeps batch-norm statistics as they are, as :class:`qat.QATCallback` does, for the float model trained equally long."""
+    """Freezes batch-norm statistics as :class:`qat.QATCallback` does, for the float model trained equally long.
+
+    Args:
+        first: First epoch (from 0) with frozen statistics.
+    """
+
+    def __init__(self, first: int) -> None:
+        self.first = first
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """At the start of each epoch."""
-        if batch_idx == 0:
+        if batch_idx == 0 and trainer.current_epoch >= self.first:
             freeze_batch_norm(pl_module)
 
 
