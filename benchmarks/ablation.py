@@ -3,8 +3,8 @@
     python benchmarks/ablation.py --seeds 0 1 2 3 4 5 --jobs 2 --results FILE
     python benchmarks/ablation.py --recipe efficientnet --config recipes/efficientnet-elpv-w4a8.yaml --part val --results FILE
 
-FILE gets a line of JSON as soon as a variant is measured, and the float model of each seed is kept beside it: a run that was cut
-off goes on where it stopped, from the same float model (training on a GPU does not repeat itself to the bit).
+FILE gets a line of JSON as soon as a variant is measured, and the float model of each seed is kept beside it: a run that was
+cut off goes on where it stopped, from the same float model (training on a GPU does not repeat itself to the bit).
 
 A recipe's network and data (ResNet-20 on scikit-learn's digits), trained by the recipe and then fine-tuned, every variant from
 the same float model with the same order of batches. 8-bit PTQ loses nothing on the digits, so there are formats where it does;
@@ -208,7 +208,8 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
         top1, error = mean_and_error([r["top1"] for r in those])
         lines.append(f"{variant}: loss {loss:.4f}, top-1 {top1:.2f} ± {error:.2f} %, {len(those)} seeds.\n")
     for name in names:
-        lines += [f"| {name} | loss | to the defaults | top-1 % | to the defaults | as float % | seeds |", "|---|---|---|---|---|---|---|"]
+        header = f"| {name} | loss | to the defaults | top-1 % | to the defaults | as float % | seeds |"
+        lines += [header, "|---" * (header.count("|") - 1) + "|"]
         for variant in dict.fromkeys(r["variant"] for r in rows if r["format"] == name):
             pairs = [
                 (found[name, variant, s], found[name, "defaults", s])

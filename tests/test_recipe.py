@@ -337,7 +337,7 @@ def test_command_line_wins_over_the_file(tmp_path):
         ("epochs: 0", "epochs=0: must be positive"),
         ("arch: resnet19", "arch='resnet19': choose one of resnet20"),
         ("quant: {add_input: both}", "unknown key 'add_input'"),
-        ("freeze_bn_epoch: -1", "freeze_bn_epoch=-1: must be an epoch from 0; 4 never freezes"),
+        ("freeze_bn_epoch: -1", r"freeze_bn_epoch=-1: must be an epoch from 0 \(4, qat_epochs: never\)"),
         ("seeds: [a]", r"seeds=\['a'\]: must be"),
         ("- 3", "must hold settings"),
         ("a: [", "config="),

@@ -69,7 +69,9 @@ class ClassifierSettings(RecipeSettings):
         if self.epochs < 0 or (self.epochs == 0 and not self.pretrained and self.weights is None):
             raise QATError(f"epochs={self.epochs!r}: must be positive, or 0 for a network with weights")
         if self.freeze_bn_epoch < 0:
-            raise QATError(f"freeze_bn_epoch={self.freeze_bn_epoch!r}: must be an epoch from 0; {self.qat_epochs} never freezes")
+            raise QATError(
+                f"freeze_bn_epoch={self.freeze_bn_epoch!r}: must be an epoch from 0 ({self.qat_epochs}, qat_epochs: never)"
+            )
 
 
 def make_parser(kind: type[RecipeSettings], description: str) -> argparse.ArgumentParser:

@@ -80,7 +80,8 @@ def train_all(settings: ClassifierSettings, data: ImageData, seed: int, out: Pat
         return tune(name, callback, file, distill=settings.teacher == "float")
 
     if settings.teacher != "float":
-        models["float_longer"] = tune("float, equally long", FreezeBatchNorm(settings.freeze_bn_epoch), "float_longer.ckpt", distill=False)
+        frozen = FreezeBatchNorm(settings.freeze_bn_epoch)
+        models["float_longer"] = tune("float, equally long", frozen, "float_longer.ckpt", distill=False)
     models["qat"] = tune_quantized("quantized fine-tuning (QAT)", learn_scales=settings.quant.learn_scales, file="qat.ckpt")
     if settings.compare:
         models[LEARNED] = tune_quantized("QAT with learned scales", learn_scales=True, file="qat_learned.ckpt")
