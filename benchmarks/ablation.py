@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch norm never frozen": {"freeze_bn_epoch": None},
     "batch norm frozen from epoch 2": {"freeze_bn_epoch": 2},
     "batch norm re-estimated": {"freeze_bn_epoch": None, "reestimate_bn": 10},
+    "calibration entropy, batch norm frozen from epoch 2": {"calibration": {"method": "entropy"}, "freeze_bn_epoch": 2},
     "weight ranges frozen": {"config": {"weight_range": "frozen"}},
     "ranges frozen from epoch 2": {"freeze_ranges_epoch": 2},
     "learned scales": {"learn_scales": True},

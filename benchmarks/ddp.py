@@ -77,7 +77,8 @@ def train(args: argparse.Namespace, devices: int) -> None:
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
             self.synchronize()
             self.seconds = time.perf_counter() - self.begin
-            ranges = torch.cat([site.amax.detach().flatten() for _, site in quantizers(pl_module)])
+            sites = [site.amax.detach().flatten() for _, site in quantizers(pl_module)]
+            ranges = torch.cat([torch.zeros(0, device=pl_module.device), *sites])
             everyone = trainer.strategy.all_gather(ranges).reshape(devices, -1)
             self.equal = bool((everyone == everyone[0]).all())
             self.ranges = ranges.numel()
@@ -87,6 +88,7 @@ def train(args: argparse.Namespace, devices: int) -> None:
                 torch.cuda.synchronize()
 
     watch = Watch()
+    quantized = qat.QATCallback(calibration={"batches": 2, "progress": False}, log_ranges=None)
     trainer = L.Trainer(
         accelerator=args.accelerator,
         devices=devices,
@@ -97,7 +99,7 @@ def train(args: argparse.Namespace, devices: int) -> None:
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[qat.QATCallback(calibration={"batches": 2, "progress": False}, log_ranges=None), watch],
+        callbacks=[*([] if args.float else [quantized]), watch],
     )
     trainer.fit(Classifier())
     if trainer.is_global_zero:
@@ -137,6 +139,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--float", action="store_true", help="the float model, for comparison")
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.result:
@@ -148,12 +151,14 @@ def main() -> int:
             result = Path(folder) / f"{devices}.json"
             options = ["--accelerator", args.accelerator, "--model", args.model, "--precision", args.precision]
             options += [f"--{name}={getattr(args, name)}" for name in ("batch", "size", "steps")]
-            options += ["--channels-last"] if args.channels_last else []
+            options += [f"--{name}" for name in ("channels-last", "float") if getattr(args, name.replace("-", "_"))]
             command = [sys.executable, __file__, "--devices", str(devices), *options, "--result", str(result)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
             rows.append(json.loads(result.read_text()))
             print(json.dumps(rows[-1]), flush=True)
-    print(f"\n{rows[0]['device']}, torch {rows[0]['torch']}, {args.model}, batch {args.batch} a device, {args.precision}\n")
+    print(
+        f"\n{rows[0]['device']}, torch {rows[0]['torch']}, {args.model}{', float' if args.float else ''}, batch {args.batch} a device, {args.precision}\n"
+    )
     print(table(rows))
     return int(not all(row["ranges_equal"] for row in rows))
 

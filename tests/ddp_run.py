@@ -50,16 +50,19 @@ def main():
     pl.seed_everything(0, verbose=False)
     lit = Unused() if settings.pop("unused", False) else Lit()
     sync = settings.pop("sync_batchnorm", False)
+    accelerator, precision = settings.pop("accelerator", "cpu"), settings.pop("precision", "32-true")
     config = {"learn_scales": settings.pop("learn_scales", False)}
     batch = 48 // (3 * processes)
     data = DataLoader(TensorDataset(IMAGES, LABELS), batch, shuffle=False)
     freeze = 0 if settings.pop("frozen", False) else None
     calibration = {"batches": 3, "progress": False, **settings}
     callbacks = [qat.QATCallback(config, calibration=calibration, target="model", freeze_bn_epoch=freeze), Look(folder)]
-    strategy = "auto" if processes == 1 else "ddp_fork_find_unused_parameters_true"
+    # CUDA does not survive a fork.
+    launch = "ddp_fork" if accelerator == "cpu" else "ddp"
+    strategy = "auto" if processes == 1 else f"{launch}_find_unused_parameters_true"
     trainer = pl.Trainer(
-        accelerator="cpu", devices=processes, strategy=strategy, max_epochs=2, callbacks=callbacks, sync_batchnorm=sync,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator=accelerator, devices=processes, strategy=strategy, max_epochs=2, callbacks=callbacks, sync_batchnorm=sync,
+        precision=precision, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
 
     class Save(pl.Callback):

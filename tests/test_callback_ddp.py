@@ -21,7 +21,7 @@ def run(tmp_path_factory):
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return [
-            [torch.load(folder / f"{kind}-{rank}.pt", weights_only=True) for rank in range(processes)]
+            [torch.load(folder / f"{kind}-{rank}.pt", map_location="cpu", weights_only=True) for rank in range(processes)]
             for kind in ("ranges", "state")
         ]
 
@@ -57,3 +57,43 @@ def test_learned_ranges_and_layers_that_no_loss_reaches(run):
     moved = [path for path, amax in start.items() if not torch.equal(states[0][f"{path}.amax"], amax)]
     assert moved
     assert not any("0.runs" in path for path in moved)
+
+
+gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [
+        pytest.param(method, precision, marks=gpus)
+        for method, precision in (
+            *((method, "32-true") for method in ("max", "entropy", "percentile", "mse")),
+            *(("max", precision) for precision in ("16-mixed", "bf16-mixed")),
+        )
+    ],
+)
+def test_ranges_are_equal_on_two_gpus(run, method, precision):
+    """And near those of one GPU: with batches of another size, cuDNN adds up in another order."""
+    options = {"method": method, "accelerator": "gpu", "precision": precision}
+    (alone,), _ = run(1, **options)
+    found, states = run(2, **options)
+    assert equal(found[0], found[1])
+    assert all(bool((value > 0).all()) for value in found[0].values())
+    # A step of half precision in the values that a range is made of, or of its histogram's 2048 bins.
+    tolerance = 1e-3 if precision == "32-true" else 1e-2
+    for path, value in alone.items():
+        torch.testing.assert_close(found[0][path], value, rtol=tolerance, atol=0)
+    assert equal(*({k: v for k, v in state.items() if "running" not in k} for state in states))
+
+
+@pytest.mark.parametrize("learned", [pytest.param(value, marks=gpus) for value in (False, True)])
+def test_synchronised_batch_norm_on_two_gpus_is_that_of_one_on_all_the_data(run, learned):
+    options = {"method": "max", "accelerator": "gpu", "learn_scales": learned}
+    _, (alone,) = run(1, **options)
+    _, states = run(2, **options, sync_batchnorm=True)
+    _, apart = run(2, **options)
+    assert equal(states[0], states[1])
+    name = "model.2.bn.running_var"
+    for key, value in alone.items():
+        torch.testing.assert_close(states[0][key], value, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(apart[0][name], alone[name], rtol=1e-3, atol=1e-4), "without synchronising, too"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from ort import open_as_written
 from PIL import Image
 from rich.console import Console
 from torch.nn import functional as F
@@ -703,7 +703,7 @@ def test_files_give_raw_outputs_by_name(finished):
 @pytest.mark.parametrize("row", ["float", "qat"])
 def test_reported_precision_is_that_of_the_file(finished, row):
     data = scenes.load("shapes", "")
-    session = onnxruntime.InferenceSession(str(finished[1] / f"{row}.onnx"))
+    session = open_as_written(finished[1] / f"{row}.onnx")
     images = data.test.images.numpy().astype(np.float32) / 127.5 - 1
     codes, logits = (torch.from_numpy(value) for value in session.run(["boxes", "logits"], {"images": images}))
     anchors = ssdlite.make_anchors(ssdlite.SSDLite(ssdlite.TINY))
@@ -758,7 +758,7 @@ def test_documented_decoding_is_that_of_pytorch(tmp_path, monkeypatch):
     qat.calibrate(model, [images], progress=False)
     names = {"nn": torch.nn, "qat": qat, "model": model, "images": images}
     exec(compile(code, "docs/detection.md", "exec"), names)
-    session = onnxruntime.InferenceSession("decoded.onnx")
+    session = open_as_written("decoded.onnx")
     found, scores = session.run(["boxes", "scores"], {"images": images.numpy()})
     with torch.no_grad():
         out = model(images)

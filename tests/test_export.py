@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from export_nets import Recurrent, TinyResNet, TwoHeads, exporter, images, quantized, tiny
 from onnx import TensorProto, numpy_helper
+from ort import open_as_written
 from torch import nn
 
 import qat
@@ -53,7 +53,7 @@ def qdq(graph):
 
 
 def run(path, x):
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_as_written(path)
     return session.run(None, {session.get_inputs()[0].name: x.numpy()})
 
 
@@ -253,7 +253,7 @@ def test_a_slice_of_a_shape_is_what_shape_says(attributes, expected):
     downgrade(model)
     onnx.checker.check_model(model, full_check=True)
     assert not any(node.attribute for node in model.graph.node)
-    session = onnxruntime.InferenceSession(model.SerializeToString())
+    session = open_as_written(model.SerializeToString())
     assert session.run(None, {"x": np.zeros((2, 3, 4, 5), np.float32)})[0].tolist() == expected
 
 
@@ -331,7 +331,7 @@ def test_dict_output_names_the_graph_outputs(tmp_path):
     path = qat.export_onnx(model, tmp_path / "m.onnx", images(2))
     with torch.no_grad():
         expected = model(images(2))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_as_written(path)
     assert [o.name for o in session.get_outputs()] == ["out", "aux.0", "aux.1"]
     found = session.run(["aux.0"], {"x": images(2).numpy()})[0]
     np.testing.assert_allclose(found, expected["aux"][0].detach().numpy(), atol=0.05)
@@ -559,7 +559,7 @@ def test_quantized_global_mean_is_a_pooling_and_other_means_stay(opset, tmp_path
     pools = [node for node in graph.node if node.op_type == "GlobalAveragePool"]
     assert [producer[node.input[0]] for node in pools] == ["DequantizeLinear"]
     assert ops(graph)["ReduceMean"] == 2  # over channels; over the image, dropping the axes
-    session = onnxruntime.InferenceSession(path)
+    session = open_as_written(path)
     actual = session.run(None, {session.get_inputs()[0].name: images(2).numpy()})
     with torch.no_grad():
         expected = model(images(2))

@@ -5,9 +5,9 @@ import operator
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from ort import open_as_written
 from prepare_nets import Net, conv, images, whats, why
 from torch import nn
 from torch.nn import functional as F
@@ -246,7 +246,7 @@ def test_both_inputs_of_the_product_are_dequantized_in_the_file(make, precision,
     average = next(node for node in graph.node if node.op_type in ("GlobalAveragePool", "ReduceMean"))
     # One pair serves the product and the average.
     assert behind(average.input[0]).output[0] in {behind(name).output[0] for name in product.input}
-    session = onnxruntime.InferenceSession(path)
+    session = open_as_written(path)
     (found,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(found, model(images()).numpy(), atol=1e-5 if precision == "fp32" else 2e-2)

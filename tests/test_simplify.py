@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from export_nets import images, quantized, tiny
 from onnx import TensorProto, helper, numpy_helper
+from ort import open_as_written
 from rtx import needs_rtx, not_int8
 from torch import nn
 
@@ -48,7 +48,7 @@ def saved(model, folder):
 
 
 def outputs(path, feeds):
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_as_written(path)
     return session.run(None, feeds)
 
 
