@@ -3,7 +3,8 @@
     python benchmarks/ddp.py --devices 1 2 --model resnet50 --batch 128 --precision bf16-mixed
     python benchmarks/ddp.py --devices 1 2 --accelerator cpu --model resnet18 --batch 4 --size 64 --steps 6
 
-One run of Lightning's own DDP a number of devices; images are random, different on every rank, and stay on the device.
+One run of Lightning's own DDP (with ``--plain`` of torch's, by torchrun) a number of devices; images are random, different on
+every rank, and stay on the device.
 """
 
 from __future__ import annotations
@@ -22,15 +23,71 @@ from typing import Any
 WARM_UP = 10
 
 
-def train(args: argparse.Namespace, devices: int) -> None:
-    """One run; rank 0 writes its figures as JSON to ``args.result``."""
-    import lightning as L
+def make_model(args: argparse.Namespace) -> Any:
+    """The float network with random weights, the same in every process."""
     import torch
     import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(args.model, weights=None)
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def make_batch(args: argparse.Namespace, rank: int, device: Any) -> tuple[Any, Any]:
+    """Random images and labels of one process, on its device."""
+    import torch
+
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(args.batch, 3, args.size, args.size, generator=generator)
+    x = x.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    return x, torch.randint(0, 1000, (args.batch,), generator=generator).to(device)
+
+
+def make_optimizer(model: Any) -> Any:
+    import torch
+
+    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+
+def synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ranges_of(model: Any, device: Any) -> Any:
+    """All ranges in a row; none of the float model."""
+    import torch
+
+    from qat.quantizer import quantizers
+
+    return torch.cat([torch.zeros(0, device=device), *(site.amax.detach().flatten() for _, site in quantizers(model))])
+
+
+def report(args: argparse.Namespace, devices: int, seconds: float, everyone: Any) -> None:
+    """Write the figures of a run; ``everyone`` has the ranges of a process in each row."""
+    import torch
+
+    step = seconds / args.steps
+    found = {
+        "devices": devices,
+        "step_ms": 1000 * step,
+        "images_per_second": devices * args.batch / step,
+        "ranges": everyone.shape[1],
+        "ranges_equal": bool((everyone == everyone[0]).all()),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() and args.accelerator != "cpu" else "CPU",
+        "torch": torch.__version__,
+    }
+    Path(args.result).write_text(json.dumps(found))
+
+
+def train(args: argparse.Namespace, devices: int) -> None:
+    """One run by Lightning; rank 0 writes its figures as JSON to ``args.result``."""
+    import lightning as L
     from torch.nn import functional as F
 
     import qat
-    from qat.quantizer import quantizers
 
     class Repeated:
         """One batch, over and over. Not a list: Lightning would take that for several loaders."""
@@ -47,45 +104,30 @@ def train(args: argparse.Namespace, devices: int) -> None:
     class Classifier(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            torch.manual_seed(0)
-            self.model = torchvision.models.get_model(args.model, weights=None)
-            if args.channels_last:
-                self.model = self.model.to(memory_format=torch.channels_last)
+            self.model = make_model(args)
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             x, y = batch
             return F.cross_entropy(self.model(x), y)
 
         def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+            return make_optimizer(self)
 
         def train_dataloader(self) -> Any:
-            generator = torch.Generator().manual_seed(self.global_rank)
-            x = torch.randn(args.batch, 3, args.size, args.size, generator=generator)
-            x = x.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-            y = torch.randint(0, 1000, (args.batch,), generator=generator).to(self.device)
-            return Repeated((x, y))
+            return Repeated(make_batch(args, self.global_rank, self.device))
 
     class Watch(L.Callback):
         """Time behind the warm-up, and the ranges of all ranks."""
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == WARM_UP:
-                self.synchronize()
+                synchronize()
                 self.begin = time.perf_counter()
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            self.synchronize()
+            synchronize()
             self.seconds = time.perf_counter() - self.begin
-            sites = [site.amax.detach().flatten() for _, site in quantizers(pl_module)]
-            ranges = torch.cat([torch.zeros(0, device=pl_module.device), *sites])
-            everyone = trainer.strategy.all_gather(ranges).reshape(devices, -1)
-            self.equal = bool((everyone == everyone[0]).all())
-            self.ranges = ranges.numel()
-
-        def synchronize(self) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            self.everyone = trainer.strategy.all_gather(ranges_of(pl_module, pl_module.device)).reshape(devices, -1)
 
     watch = Watch()
     quantized = qat.QATCallback(calibration={"batches": 2, "progress": False}, log_ranges=None)
@@ -103,17 +145,53 @@ def train(args: argparse.Namespace, devices: int) -> None:
     )
     trainer.fit(Classifier())
     if trainer.is_global_zero:
-        step = watch.seconds / args.steps
-        found = {
-            "devices": devices,
-            "step_ms": 1000 * step,
-            "images_per_second": devices * args.batch / step,
-            "ranges": watch.ranges,
-            "ranges_equal": watch.equal,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() and args.accelerator != "cpu" else "CPU",
-            "torch": torch.__version__,
-        }
-        Path(args.result).write_text(json.dumps(found))
+        report(args, devices, watch.seconds, watch.everyone)
+
+
+def train_plain(args: argparse.Namespace, devices: int) -> None:
+    """The same without Lightning, in a process that torchrun started."""
+    import torch
+    from torch import distributed
+    from torch.nn import functional as F
+    from torch.nn.parallel import DistributedDataParallel
+
+    import qat
+
+    rank, on_gpu = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available() and args.accelerator != "cpu"
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    model, (x, y) = make_model(args).to(device), make_batch(args, rank, device)
+
+    def autocast() -> Any:
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16-mixed")
+
+    if not args.float:
+        qat.prepare(model)
+        with autocast():
+            qat.calibrate(model, [(x, y)] * 2, progress=False)
+        qat.batchnorm.freeze_batch_norm(model)
+    wrapped = model if devices == 1 else DistributedDataParallel(model, device_ids=[rank] if on_gpu else None)
+    optimizer = make_optimizer(wrapped)
+    begin = 0.0
+    for step in range(WARM_UP + args.steps):
+        if step == WARM_UP:
+            synchronize()
+            begin = time.perf_counter()
+        with autocast():
+            loss = F.cross_entropy(wrapped(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    synchronize()
+    seconds = time.perf_counter() - begin
+    own = ranges_of(model, device)
+    everyone = [torch.empty_like(own) for _ in range(devices)]
+    distributed.all_gather(everyone, own)
+    if rank == 0:
+        report(args, devices, seconds, torch.stack(everyone))
+    distributed.destroy_process_group()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -139,11 +217,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--plain", action="store_true", help="a loop of one's own instead of Lightning's Trainer")
     parser.add_argument("--float", action="store_true", help="the float model, for comparison")
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.precision not in ("32-true", "bf16-mixed") and args.plain:
+        parser.error("--plain: 32-true or bf16-mixed")
     if args.result:
-        train(args, args.devices[0])
+        (train_plain if args.plain else train)(args, args.devices[0])
         return 0
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -151,14 +232,14 @@ def main() -> int:
             result = Path(folder) / f"{devices}.json"
             options = ["--accelerator", args.accelerator, "--model", args.model, "--precision", args.precision]
             options += [f"--{name}={getattr(args, name)}" for name in ("batch", "size", "steps")]
-            options += [f"--{name}" for name in ("channels-last", "float") if getattr(args, name.replace("-", "_"))]
-            command = [sys.executable, __file__, "--devices", str(devices), *options, "--result", str(result)]
+            options += [f"--{name}" for name in ("channels-last", "float", "plain") if getattr(args, name.replace("-", "_"))]
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if args.plain else []
+            command = [sys.executable, *launcher, __file__, "--devices", str(devices), *options, "--result", str(result)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
             rows.append(json.loads(result.read_text()))
             print(json.dumps(rows[-1]), flush=True)
-    print(
-        f"\n{rows[0]['device']}, torch {rows[0]['torch']}, {args.model}{', float' if args.float else ''}, batch {args.batch} a device, {args.precision}\n"
-    )
+    first, kind = rows[0], ", ".join([args.model, *(name for name in ("float", "plain") if getattr(args, name))])
+    print(f"\n{first['device']}, torch {first['torch']}, {kind}, batch {args.batch} a device, {args.precision}\n")
     print(table(rows))
     return int(not all(row["ranges_equal"] for row in rows))
 

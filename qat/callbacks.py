@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric, MetricCollection
 
 from .batchnorm import freeze_batch_norm, reestimate_batch_norm
@@ -36,7 +38,15 @@ from .nonfinite import first_non_finite
 from .oscillation import oscillation_penalty, ramp
 from .preparation import Report, prepare, prepared_report, restore
 from .quantizer import WeightQuantizer, is_prepared, quantizers
-from .ranges import clip_rates, freeze_ranges, range_drift, ranges_are_frozen, recorded_ranges, separate_ranges
+from .ranges import (
+    clip_rates,
+    freeze_ranges,
+    learned_ranges,
+    range_drift,
+    ranges_are_frozen,
+    recorded_ranges,
+    separate_ranges,
+)
 
 CHECKPOINT_KEY = "qat"
 DEFAULT_BATCHES = 32
@@ -76,7 +86,7 @@ class QATCallback(Callback):
             Inputs are those of ``example_input_array``, or ``example_inputs`` in the mapping. What is exported is the model
             as the last step left it: to export the best checkpoint, load it and call :func:`qat.export_onnx`.
         freeze_ranges_epoch: First epoch with frozen ranges: those of weights stop following them, learned ones stop training.
-            ``None`` never freezes them.
+            ``None`` never freezes them. Learned ones need ``find_unused_parameters`` with DDP.
         distill_from: A teacher whose outputs the quantized model learns to give, besides what its ``training_step`` asks for
             (which may return a zero that requires a gradient, without labels): a model that is called as the prepared one, or
             ``"float"``: what that one is when ``fit`` begins, before it is quantized. Not part of checkpoints: to resume,
@@ -167,7 +177,14 @@ class QATCallback(Callback):
             pl_module.configure_model()
         # Before a checkpoint is loaded: the weights are those that fit begins with.
         original = copy.deepcopy(pl_module) if self.distill_from == "float" and stage == "fit" else None
+        was_prepared = bool(_reports(pl_module))
         prepare_module(pl_module, self.config, self.target)
+        if stage == "fit" and not was_prepared and trainer.world_size > 1 and multiprocessing.parent_process() is not None:
+            # ddp_spawn, ddp_fork and ddp_notebook: back there Lightning copies the weights that it finds by name.
+            rank_zero_warn(
+                "the process that called fit gets the weights, but no ranges: there the model is not prepared. To use it after "
+                "fit, call qat.prepare on it before, or qat.load_from_checkpoint afterwards"
+            )
         if self.distill_from is not None and stage == "fit":
             self._set_teacher(pl_module, original)
         if self.export is not None and stage == "fit":
@@ -241,6 +258,8 @@ class QATCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrate, unless the sites have ranges."""
         self._remove_load_guard()
+        if self.freeze_ranges_epoch is not None:
+            _check_freezable(trainer, pl_module)
         ranges_to_float32(pl_module)
         if self._distillation is not None:
             self._distillation.teacher.to(pl_module.device)
@@ -361,6 +380,18 @@ class QATCallback(Callback):
         raise QATError(
             f"the training loss is {loss.mean().item()} in epoch {trainer.current_epoch}, {found}. "
             "A NaN in an input comes from the data or the layer before; in a weight, lower the learning rate"
+        )
+
+
+def _check_freezable(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse to freeze learned ranges where DDP waits for the gradient of every parameter that had one at the start."""
+    wrapper = trainer.strategy.model
+    if not isinstance(wrapper, DistributedDataParallel) or wrapper.find_unused_parameters:
+        return
+    if any(amax.requires_grad for amax in learned_ranges(pl_module)):
+        raise QATError(
+            "freeze_ranges_epoch: DDP waits for the gradients of learned ranges, also once they are frozen. Use "
+            "Trainer(strategy='ddp_find_unused_parameters_true'), or leave freeze_ranges_epoch out"
         )
 
 

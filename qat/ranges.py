@@ -22,7 +22,8 @@ def freeze_ranges(model: nn.Module, *, refresh: bool = True) -> list[str]:
 
     The flags are no part of a state dict. To load one that was saved afterwards, prepare with
     ``QuantConfig(weight_range="frozen")`` or call this with ``refresh=False`` after loading; checkpoints of
-    :class:`~qat.QATCallback` know.
+    :class:`~qat.QATCallback` know. ``DistributedDataParallel`` needs ``find_unused_parameters=True`` where learned ranges are
+    frozen after it was made: it waits for the gradient of every parameter that it saw.
 
     Args:
         model: A prepared and calibrated model.

@@ -1,6 +1,7 @@
 """One training run with QATCallback in one or more processes: ``ddp_run.py FOLDER PROCESSES SETTINGS``.
 
-Every process writes what it sees: ranges when training starts, weights and ranges at its end.
+Every process writes what it sees: ranges when training starts, weights and ranges at its end. Behind ``fit`` it prints how many
+sites have a range.
 """
 
 import json
@@ -49,20 +50,27 @@ def main():
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
     lit = Unused() if settings.pop("unused", False) else Lit()
-    sync = settings.pop("sync_batchnorm", False)
     accelerator, precision = settings.pop("accelerator", "cpu"), settings.pop("precision", "32-true")
-    config = {"learn_scales": settings.pop("learn_scales", False)}
-    batch = 48 // (3 * processes)
-    data = DataLoader(TensorDataset(IMAGES, LABELS), batch, shuffle=False)
-    freeze = 0 if settings.pop("frozen", False) else None
-    calibration = {"batches": 3, "progress": False, **settings}
-    callbacks = [qat.QATCallback(config, calibration=calibration, target="model", freeze_bn_epoch=freeze), Look(folder)]
     # CUDA does not survive a fork.
     launch = "ddp_fork" if accelerator == "cpu" else "ddp"
-    strategy = "auto" if processes == 1 else f"{launch}_find_unused_parameters_true"
+    strategy = settings.pop("strategy", f"{launch}_find_unused_parameters_true") if processes > 1 else "auto"
+    options = {"sync_batchnorm": settings.pop("sync_batchnorm", False), "precision": precision, "strategy": strategy}
+    batch = 48 // (3 * processes)
+    data = DataLoader(TensorDataset(IMAGES, LABELS), batch, shuffle=False)
+    if settings.pop("prepared", False):
+        qat.prepare(lit.model)
+    callbacks = [Look(folder)]
+    if settings.pop("quantized", True):
+        given = {
+            "learn_scales": settings.pop("learn_scales", False),
+            "freeze_bn_epoch": 0 if settings.pop("frozen", False) else None,
+            "freeze_ranges_epoch": settings.pop("freeze_ranges_epoch", None),
+            "calibration": {"batches": 3, "progress": False, **settings},
+        }
+        callbacks.insert(0, qat.QATCallback(target="model", **given))
     trainer = pl.Trainer(
-        accelerator=accelerator, devices=processes, strategy=strategy, max_epochs=2, callbacks=callbacks, sync_batchnorm=sync,
-        precision=precision, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator=accelerator, devices=processes, max_epochs=2, callbacks=callbacks, **options,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
 
     class Save(pl.Callback):
@@ -71,6 +79,7 @@ def main():
 
     trainer.callbacks.append(Save())
     trainer.fit(lit, data)
+    print(sum(site.has_range for _, site in quantizers(lit)))
 
 
 if __name__ == "__main__":

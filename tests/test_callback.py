@@ -80,7 +80,8 @@ def loader(shuffle=True, **options):
 def make_trainer(*callbacks, epochs=1, **options):
     pl.seed_everything(3, verbose=False)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return pl.Trainer(accelerator="cpu", devices=1, max_epochs=epochs, callbacks=list(callbacks), **{**quiet, **options})
+    defaults = {"accelerator": "cpu", "devices": 1, **quiet}
+    return pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **{**defaults, **options})
 
 
 def callback(config=None, **options):

@@ -4,7 +4,10 @@
 """
 
 import copy
-from dataclasses import dataclass, field
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from test_callback import IMAGES, Lit, callback, loader, make_net, make_trainer
 from torch import nn
 
 import qat
+from qat.callbacks import prepare_module
 from qat.quantizer import State, quantizers
 
 EPOCHS = 3
@@ -77,12 +81,64 @@ class Feature:
     trainer: dict[str, Any] = field(default_factory=dict)
     callback: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, module, epochs, ckpt_path=None):
-        trainer = make_trainer(callback(**self.callback), *self.callbacks(), epochs=epochs, **self.trainer)
-        trainer.fit(module, loader(False), loader(False), ckpt_path=ckpt_path)
-        return trainer
+    def fit(self, folder):
+        """A run without interruption, which leaves checkpoints of each epoch and of its end; returns the module."""
+        module = self.module()
+        keep = C.ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        trainer = self._trainer(keep, enable_checkpointing=True)
+        trainer.fit(module, loader(False), loader(False))
+        trainer.save_checkpoint(folder / "end.ckpt")
+        return module
+
+    def resume(self, folder):
+        """The module of a run that goes on behind the first epoch."""
+        module = self.module()
+        self._trainer().fit(module, loader(False), loader(False), ckpt_path=folder / "epoch=0.ckpt")
+        return module
+
+    def test(self, folder):
+        """A module that ``trainer.test`` loaded the end of the run into."""
+        module = self.module()
+        trainer = make_trainer(callback(**self.callback), **self.trainer)
+        trainer.test(module, loader(False), ckpt_path=folder / "end.ckpt", verbose=False)
+        return module
+
+    def _trainer(self, *more, **options):
+        return make_trainer(callback(**self.callback), *self.callbacks(), *more, epochs=EPOCHS, **{**self.trainer, **options})
 
 
+class Distributed(Feature):
+    """The same in two processes, in which ``matrix_run.py`` calls :meth:`run_here`."""
+
+    def fit(self, folder):
+        name = next(name for name, feature in FEATURES.items() if feature is self)
+        command = [sys.executable, str(Path(__file__).with_name("matrix_run.py")), name, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return self._module("fit", folder)
+
+    def resume(self, folder):
+        return self._module("resume", folder)
+
+    def test(self, folder):
+        return self._module("test", folder)
+
+    def _module(self, method, folder):
+        """With the state that all processes had at the end of ``method``."""
+        states = [torch.load(folder / f"{method}-{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+        assert [key for key in states[0] if not torch.equal(states[0][key], states[1][key])] == [], "processes differ"
+        module = self.module()
+        prepare_module(module, callback(**self.callback).config)
+        module.load_state_dict(states[0])
+        return module
+
+    def run_here(self, folder):
+        """The states of the modules of each method, in one of the processes."""
+        here = replace(Feature(**vars(self)), trainer={"strategy": "ddp", **self.trainer, "devices": PROCESSES})
+        return {method: getattr(here, method)(folder).state_dict() for method in ("fit", "resume", "test")}
+
+
+PROCESSES = 2
 FEATURES = {
     "nothing else": Feature(),
     "learned scales": Feature(callback={"learn_scales": True}),
@@ -108,24 +164,23 @@ FEATURES = {
     "several sub-models": Feature(module=Several),
     "torch.compile": Feature(module=Compiled),
     "forward with keywords": Feature(module=Keywords, callback={"forward": lambda module, batch: module(batch[0], gain=2.0)}),
+    "DDP": Distributed(),
+    "DDP, learned scales that freeze": Distributed(
+        trainer={"strategy": "ddp_find_unused_parameters_true"}, callback={"learn_scales": True, "freeze_ranges_epoch": 1}
+    ),
+    "DDP, EMA, EarlyStopping, accumulation, clipping, bf16-mixed": Distributed(
+        callbacks=lambda: [C.EMAWeightAveraging(decay=0.5), C.EarlyStopping("val", patience=5)],
+        trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "precision": "bf16-mixed"},
+    ),
 }
 
 
 @pytest.fixture(scope="module", params=FEATURES)
 def case(request, tmp_path_factory):
-    """The feature, a run without interruption, and checkpoints of its first epoch and its end."""
+    """The feature, a run without interruption, and the folder of its checkpoints."""
     feature = FEATURES[request.param]
     folder = tmp_path_factory.mktemp("matrix")
-    straight = feature.module()
-    keep = C.ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    trainer = Feature(
-        feature.module,
-        lambda: [*feature.callbacks(), keep],
-        {**feature.trainer, "enable_checkpointing": True},
-        feature.callback,
-    ).run(straight, EPOCHS)
-    trainer.save_checkpoint(folder / "end.ckpt")
-    return feature, straight, folder
+    return feature, feature.fit(folder), folder
 
 
 def outputs(module):
@@ -149,19 +204,14 @@ def test_fit(case):
 
 def test_resume(case):
     feature, straight, folder = case
-    resumed = feature.module()
-    feature.run(resumed, EPOCHS, folder / "epoch=0.ckpt")
-    expected, found = straight.state_dict(), resumed.state_dict()
+    expected, found = straight.state_dict(), feature.resume(folder).state_dict()
     assert expected.keys() == found.keys()
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
 
 
 def test_test(case):
     feature, straight, folder = case
-    fresh = feature.module()
-    trainer = make_trainer(callback(**feature.callback), **feature.trainer)
-    trainer.test(fresh, loader(False), ckpt_path=folder / "end.ckpt", verbose=False)
-    assert torch.equal(outputs(fresh), outputs(straight))
+    assert torch.equal(outputs(feature.test(folder)), outputs(straight))
 
 
 def test_load(case):
