@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -27,6 +28,7 @@ from torchmetrics import Metric, MetricCollection
 from .batchnorm import freeze_batch_norm, reestimate_batch_norm
 from .calibration import calibrate
 from .calibration.batches import run_batch
+from .checkpoints import check_intact
 from .config import QuantConfig, Rule
 from .distillation import Distillation, float_copy
 from .errors import QATError
@@ -53,6 +55,20 @@ DEFAULT_BATCHES = 32
 _LAYERS = (*QUANTIZABLE, nn.MultiheadAttention, QuantAttention)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 _SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
+
+class IntactCheckpointIO(TorchCheckpointIO):
+    """Lightning's own reading and writing of checkpoints, with a name for those that are damaged."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As its base.
+
+        Raises:
+            QATError: For a local file that :func:`~qat.checkpoints.check_intact` refuses.
+        """
+        if Path(path).is_file():
+            check_intact(path)
+        return super().load_checkpoint(path, *args, **kwargs)
 
 
 class QATCallback(Callback):
@@ -172,6 +188,9 @@ class QATCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare the model."""
         check_compatible(trainer, self)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            # Other plugins know the files that they write. No hook comes between the path of a checkpoint and its loading.
+            trainer.strategy.checkpoint_io = IntactCheckpointIO()
         # Layers made in this hook must exist now; Lightning requires it to work when it is called again.
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
@@ -280,14 +299,29 @@ class QATCallback(Callback):
         options = dict(self.calibration)
         batches = options.pop("batches", DEFAULT_BATCHES)
         options.setdefault("progress", trainer.progress_bar_callback is not None)
-        calibrate(pl_module, lambda module: self._show(trainer, pl_module, batches, self.calibration_data), **options)
+        shown = 0
 
-    def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int | None, data: Any = None) -> None:
-        """Run the module on the first batches of the training data, or other data, which draw no random numbers by that."""
+        def show(module: nn.Module) -> None:
+            nonlocal shown
+            shown = self._show(trainer, pl_module, batches, self.calibration_data)
+
+        calibrate(pl_module, show, **options)
+        if "batches" in self.calibration and batches is not None and shown < batches:
+            rank_zero_warn(f"calibration: the loader ended after {shown} of {batches} batches")
+
+    def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int | None, data: Any = None) -> int:
+        """Run the module on the first batches of the training data, or other data, which draw no random numbers by that.
+
+        Returns:
+            How many there were.
+        """
         data = trainer.train_dataloader if data is None else data
+        count = 0
         with isolate_rng(), keep_generators(data), uncompiled():
             for batch, *_ in itertools.islice(iter(CombinedLoader(data, "min_size")), batches):
                 self._run(trainer, pl_module, batch)
+                count += 1
+        return count
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
         batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from .callbacks import CHECKPOINT_KEY, is_site_key, prepare_module
+from .checkpoints import check_intact
 from .config import QuantConfig
 from .errors import QATError
 from .preparation import prepare
@@ -90,7 +91,10 @@ def load_from_checkpoint(
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
+        check_intact(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except QATError:
+        raise
     except FileNotFoundError as error:
         raise QATError(f"{os.fspath(path)}: no such file") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:

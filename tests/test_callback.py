@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from ort import open_as_written
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import qat
@@ -308,6 +308,39 @@ def test_existing_ranges_are_kept():
 def test_calibration_shows_progress_as_the_trainer_does(capsys, calibration, bar, shown):
     fit(Lit(), QATCallback(calibration={"batches": 3, **calibration}), enable_progress_bar=bar)
     assert ("Calibrating" in capsys.readouterr().out) == shown
+
+
+class Ending(IterableDataset):
+    """Promises more than it gives."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(IMAGES)
+
+    def __iter__(self):
+        yield from zip(IMAGES[: self.images], LABELS[: self.images], strict=True)
+
+
+def test_a_loader_that_ends_before_the_batches_that_were_asked_for_is_reported():
+    lit = Lit()
+    with pytest.warns(UserWarning, match="calibration: the loader ended after 2 of 3 batches"):
+        make_trainer(callback()).fit(lit, DataLoader(Ending(16), 8))
+    expected = Lit()
+    qat.prepare(expected.model)
+    qat.calibrate(expected.model, [IMAGES[:8], IMAGES[8:16]], progress=False)
+    # The activations': weights have been trained since.
+    own = {path: site for path, site in quantizers(expected) if not isinstance(site, WeightQuantizer)}
+    assert own
+    assert all(torch.equal(ranges(lit)[path], site.amax) for path, site in own.items())
+
+
+def test_a_loader_without_batches_trains_nothing():
+    lit = Lit()
+    with pytest.raises(qat.QATError, match=r"no layer of the model was run\. Is the loader empty\?"):
+        make_trainer(callback()).fit(lit, DataLoader(Ending(0), 8))
+    assert not any(site.has_range for _, site in quantizers(lit))
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])

@@ -160,17 +160,54 @@ class Evil:
         return print, ("executed",)
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "text", "empty", "tensor", "code"])
+def damage(path, kind):
+    """Change a good checkpoint."""
+    content = path.read_bytes()
+    weights = content.index(b"data/0") + 500
+    changed = {
+        "truncated": content[:-500],
+        "half": content[: len(content) // 2],
+        "changed": content[:weights] + bytes([content[weights] ^ 1]) + content[weights + 1 :],
+        "text": b"no checkpoint",
+        "empty": b"",
+    }
+    path.write_bytes(changed[kind])
+
+
+@pytest.mark.parametrize("kind", ["truncated", "half", "changed", "text", "empty"])
+@pytest.mark.parametrize("how", ["fit", "test", "load"])
+def test_a_damaged_checkpoint_is_named_and_nothing_is_loaded(how, kind, tmp_path):
+    path = tmp_path / "x.ckpt"
+    fit(Lit(), callback()).save_checkpoint(path)
+    damage(path, kind)
+    lit = Lit()
+    before = {name: value.clone() for name, value in lit.state_dict().items()}
+    trainer = make_trainer(callback(), epochs=2)
+    calls = {
+        "fit": lambda: trainer.fit(lit, loader(False), ckpt_path=path),
+        "test": lambda: trainer.test(lit, loader(False), ckpt_path=path),
+        "load": lambda: qat.load_from_checkpoint(Lit, path),
+    }
+    with pytest.raises(qat.QATError, match=r"x\.ckpt: (damaged|no checkpoint)"):
+        calls[how]()
+    assert all(torch.equal(value, lit.state_dict()[name]) for name, value in before.items())
+
+
+def test_checksums_are_not_compared_where_they_are_not_written(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        fit(Lit(), callback()).save_checkpoint(tmp_path / "x.ckpt")
+        qat.load_from_checkpoint(Lit, tmp_path / "x.ckpt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with pytest.raises(qat.QATError, match=r"x\.ckpt: damaged: the checksum of"):
+        qat.load_from_checkpoint(Lit, tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["missing", "tensor", "code"])
 def test_what_is_no_checkpoint_is_named(kind, tmp_path, capsys):
     path = tmp_path / "x.ckpt"
-    if kind == "truncated":
-        fit(Lit(), callback()).save_checkpoint(path)
-        path.write_bytes(path.read_bytes()[:-500])
-    elif kind == "text":
-        path.write_text("no checkpoint")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "tensor":
+    if kind == "tensor":
         torch.save(torch.ones(3), path)
     elif kind == "code":
         torch.save({"state_dict": {}, "evil": Evil()}, path)

@@ -175,6 +175,8 @@ def _run(model: nn.Module, data: Any, batches: int | None, progress: bool) -> No
             count += 1
         if count == 0:
             raise QATError("data: the loader is empty; nothing to calibrate on")
+        if total is not None and count < total:
+            warnings.warn(f"data: the loader ended after {count} of {total} batches", stacklevel=3)
 
 
 def _check_all_seen(seen: Mapping[str, bool]) -> None:
