@@ -160,26 +160,31 @@ class Evil:
         return print, ("executed",)
 
 
-def damage(path, kind):
-    """Change a good checkpoint."""
-    content = path.read_bytes()
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """The bytes of a checkpoint."""
+    path = tmp_path_factory.mktemp("good") / "x.ckpt"
+    fit(Lit(), callback()).save_checkpoint(path)
+    return path.read_bytes()
+
+
+def damaged(content, kind):
+    """A good checkpoint, changed."""
     weights = content.index(b"data/0") + 500
-    changed = {
+    return {
         "truncated": content[:-500],
         "half": content[: len(content) // 2],
         "changed": content[:weights] + bytes([content[weights] ^ 1]) + content[weights + 1 :],
         "text": b"no checkpoint",
         "empty": b"",
-    }
-    path.write_bytes(changed[kind])
+    }[kind]
 
 
 @pytest.mark.parametrize("kind", ["truncated", "half", "changed", "text", "empty"])
 @pytest.mark.parametrize("how", ["fit", "test", "load"])
-def test_a_damaged_checkpoint_is_named_and_nothing_is_loaded(how, kind, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_nothing_is_loaded(how, kind, good, tmp_path):
     path = tmp_path / "x.ckpt"
-    fit(Lit(), callback()).save_checkpoint(path)
-    damage(path, kind)
+    path.write_bytes(damaged(good, kind))
     lit = Lit()
     before = {name: value.clone() for name, value in lit.state_dict().items()}
     trainer = make_trainer(callback(), epochs=2)
