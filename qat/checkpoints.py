@@ -30,7 +30,7 @@ def check_intact(path: str | os.PathLike[str]) -> None:
         >>> check_intact(path)
         Traceback (most recent call last):
             ...
-        qat.errors.QATError: ...x.ckpt: no checkpoint: torch.save did not write this file
+        qat.errors.QATError: ...x.ckpt: damaged, or no checkpoint: torch.save did not write this file
     """
     name = os.fspath(path)
     with open(path, "rb") as file:  # noqa: PTH123
@@ -45,4 +45,4 @@ def check_intact(path: str | os.PathLike[str]) -> None:
             if damaged is not None:
                 raise QATError(f"{name}: damaged: the checksum of {damaged} does not match")
         elif not start.startswith(_PICKLE):
-            raise QATError(f"{name}: no checkpoint: torch.save did not write this file")
+            raise QATError(f"{name}: damaged, or no checkpoint: torch.save did not write this file")

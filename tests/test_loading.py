@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_loaded(how, kind, good, tm
         "test": lambda: trainer.test(lit, loader(False), ckpt_path=path),
         "load": lambda: qat.load_from_checkpoint(Lit, path),
     }
-    with pytest.raises(qat.QATError, match=r"x\.ckpt: (damaged|no checkpoint)"):
+    with pytest.raises(qat.QATError, match=r"x\.ckpt: damaged"):
         calls[how]()
     assert all(torch.equal(value, lit.state_dict()[name]) for name, value in before.items())
 
