@@ -93,7 +93,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         check_intact(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except QATError:
+    except QATError:  # is a ValueError, and has its message
         raise
     except FileNotFoundError as error:
         raise QATError(f"{os.fspath(path)}: no such file") from error

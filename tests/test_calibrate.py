@@ -344,6 +344,14 @@ def test_a_function_runs_the_model(mode: Callable[[], Any]) -> None:
     result.apply("entropy")  # what was collected in inference mode can be used outside of it
 
 
+def test_data_that_end_before_the_batches_that_were_asked_for_are_reported() -> None:
+    short, whole = quantized(small_model()), quantized(small_model())
+    with pytest.warns(UserWarning, match="data: the loader ended after 2 of 5 batches"):
+        calibrate(short, iter(images(count=2)), method="max", batches=5, progress=False)
+    calibrate(whole, images(count=2), method="max", progress=False)
+    assert same(ranges_of(short), ranges_of(whole))
+
+
 def test_batches_limits_the_pass() -> None:
     fed = []
 

@@ -54,7 +54,7 @@ def calibrate(
         percentile: For ``method="percentile"``; above 0, at most 100.
         weight_method: ``"max"``; or ``"mse"``, least squared error, for weights of few bits, whose ranges must then stay:
             prepare with ``QuantConfig(weight_range="frozen")`` or ``learn_scales=True``.
-        batches: Stop after that many; ``None`` takes all. Not for a function.
+        batches: Stop after that many, with a warning if the data end before; ``None`` takes all. Not for a function.
         progress: Show a progress bar, on rank 0.
 
     Returns:
@@ -175,8 +175,9 @@ def _run(model: nn.Module, data: Any, batches: int | None, progress: bool) -> No
             count += 1
         if count == 0:
             raise QATError("data: the loader is empty; nothing to calibrate on")
-        if total is not None and count < total:
-            warnings.warn(f"data: the loader ended after {count} of {total} batches", stacklevel=3)
+        promised = length if batches is None else batches
+        if promised is not None and count < promised:
+            warnings.warn(f"data: the loader ended after {count} of {promised} batches", stacklevel=3)
 
 
 def _check_all_seen(seen: Mapping[str, bool]) -> None:
