@@ -1,6 +1,7 @@
 """Throughput of quantization-aware training with QATCallback on several devices, and whether all ranks have the same ranges.
 
-    python benchmarks/ddp.py --devices 1 2 --model resnet50 --batch 128 --precision bf16-mixed
+    python benchmarks/ddp.py --devices 1 2 --model resnet50 --batch 512 --precision bf16-mixed --channels-last
+    python benchmarks/ddp.py --devices 1 2 --model resnet50 --batch 128 --precision bf16-mixed --compile reduce-overhead
     python benchmarks/ddp.py --devices 1 2 --accelerator cpu --model resnet18 --batch 4 --size 64 --steps 6
 
 One run of Lightning's own DDP (with ``--plain`` of torch's, by torchrun) a number of devices; images are random, different on
@@ -33,6 +34,15 @@ def make_model(args: argparse.Namespace) -> Any:
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
+def compiled(args: argparse.Namespace, model: Any) -> Any:
+    """The same model, whose steps are compiled if that was asked for: with the first one."""
+    import qat
+
+    if args.compile:
+        model.compile(options=qat.compile_options(args.compile))
+    return model
+
+
 def make_batch(args: argparse.Namespace, rank: int, device: Any) -> tuple[Any, Any]:
     """Random images and labels of one process, on its device."""
     import torch
@@ -47,6 +57,11 @@ def make_optimizer(model: Any) -> Any:
     import torch
 
     return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+
+def ddp_options(args: argparse.Namespace) -> dict[str, bool]:
+    """What DistributedDataParallel is asked for beyond its defaults."""
+    return {"broadcast_buffers": False, "gradient_as_bucket_view": True} if args.lean else {}
 
 
 def synchronize() -> None:
@@ -85,9 +100,18 @@ def report(args: argparse.Namespace, devices: int, seconds: float, everyone: Any
 def train(args: argparse.Namespace, devices: int) -> None:
     """One run by Lightning; rank 0 writes its figures as JSON to ``args.result``."""
     import lightning as L
+    from lightning.pytorch.strategies import DDPStrategy
     from torch.nn import functional as F
+    from torch.nn.parallel import DistributedDataParallel
 
     import qat
+
+    class SameStream(DDPStrategy):
+        """Lightning's, but made on the stream that training uses: it otherwise makes one, and gradients wait for that."""
+
+        def configure_ddp(self) -> None:
+            device_ids = self.determine_ddp_device_ids()
+            self.model = DistributedDataParallel(self.model, device_ids=device_ids, **ddp_options(args))
 
     class Repeated:
         """One batch, over and over. Not a list: Lightning would take that for several loaders."""
@@ -104,7 +128,7 @@ def train(args: argparse.Namespace, devices: int) -> None:
     class Classifier(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = make_model(args)
+            self.model = compiled(args, make_model(args))
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             x, y = batch
@@ -117,16 +141,19 @@ def train(args: argparse.Namespace, devices: int) -> None:
             return Repeated(make_batch(args, self.global_rank, self.device))
 
     class Watch(L.Callback):
-        """Time behind the warm-up, and the ranges of all ranks."""
+        """Time of the steps behind the warm-up, without what follows the last one, and the ranges of all ranks."""
 
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == WARM_UP:
                 synchronize()
                 self.begin = time.perf_counter()
 
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == WARM_UP + args.steps - 1:
+                synchronize()
+                self.seconds = time.perf_counter() - self.begin
+
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            synchronize()
-            self.seconds = time.perf_counter() - self.begin
             self.everyone = trainer.strategy.all_gather(ranges_of(pl_module, pl_module.device)).reshape(devices, -1)
 
     watch = Watch()
@@ -134,7 +161,7 @@ def train(args: argparse.Namespace, devices: int) -> None:
     trainer = L.Trainer(
         accelerator=args.accelerator,
         devices=devices,
-        strategy="auto" if devices == 1 else "ddp",
+        strategy="auto" if devices == 1 else SameStream() if args.same_stream else DDPStrategy(**ddp_options(args)),
         precision=args.precision,
         max_epochs=1,
         logger=False,
@@ -172,7 +199,9 @@ def train_plain(args: argparse.Namespace, devices: int) -> None:
         with autocast():
             qat.calibrate(model, [(x, y)] * 2, progress=False)
         qat.batchnorm.freeze_batch_norm(model)
-    wrapped = model if devices == 1 else DistributedDataParallel(model, device_ids=[rank] if on_gpu else None)
+    compiled(args, model)
+    options = {"device_ids": [rank] if on_gpu else None, **ddp_options(args)}
+    wrapped = model if devices == 1 else DistributedDataParallel(model, **options)
     optimizer = make_optimizer(wrapped)
     begin = 0.0
     for step in range(WARM_UP + args.steps):
@@ -217,6 +246,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", metavar="MODE", help="compiled steps: default, reduce-overhead or max-autotune")
+    parser.add_argument("--lean", action="store_true", help="DDP with broadcast_buffers=False, gradient_as_bucket_view=True")
+    parser.add_argument("--same-stream", action="store_true", help="Lightning's DDP on the stream of training")
     parser.add_argument("--plain", action="store_true", help="a loop of one's own instead of Lightning's Trainer")
     parser.add_argument("--float", action="store_true", help="the float model, for comparison")
     parser.add_argument("--result", help=argparse.SUPPRESS)
@@ -232,13 +264,17 @@ def main() -> int:
             result = Path(folder) / f"{devices}.json"
             options = ["--accelerator", args.accelerator, "--model", args.model, "--precision", args.precision]
             options += [f"--{name}={getattr(args, name)}" for name in ("batch", "size", "steps")]
-            options += [f"--{name}" for name in ("channels-last", "float", "plain") if getattr(args, name.replace("-", "_"))]
+            flags = ("channels-last", "float", "plain", "lean", "same-stream")
+            options += [f"--{name}" for name in flags if getattr(args, name.replace("-", "_"))]
+            options += ["--compile", args.compile] if args.compile else []
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if args.plain else []
             command = [sys.executable, *launcher, __file__, "--devices", str(devices), *options, "--result", str(result)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
             rows.append(json.loads(result.read_text()))
             print(json.dumps(rows[-1]), flush=True)
-    first, kind = rows[0], ", ".join([args.model, *(name for name in ("float", "plain") if getattr(args, name))])
+    chosen = {"float": args.float, "plain": args.plain, "lean": args.lean, "same stream": args.same_stream}
+    kinds = [args.model, *(name for name, given in chosen.items() if given)]
+    first, kind = rows[0], ", ".join(kinds + ([f"compiled ({args.compile})"] if args.compile else []))
     print(f"\n{first['device']}, torch {first['torch']}, {kind}, batch {args.batch} a device, {args.precision}\n")
     print(table(rows))
     return int(not all(row["ranges_equal"] for row in rows))

@@ -50,6 +50,9 @@ def main():
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
     lit = Unused() if settings.pop("unused", False) else Lit()
+    rate = settings.pop("rate", None)
+    if rate is not None:
+        lit.configure_optimizers = lambda: torch.optim.SGD(lit.parameters(), rate)
     accelerator, precision = settings.pop("accelerator", "cpu"), settings.pop("precision", "32-true")
     # CUDA does not survive a fork.
     launch = "ddp_fork" if accelerator == "cpu" else "ddp"

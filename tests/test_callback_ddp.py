@@ -92,14 +92,14 @@ def test_ranges_are_equal_on_two_gpus(run, method, precision):
 
 @pytest.mark.parametrize("learned", [pytest.param(value, marks=gpus) for value in (False, True)])
 def test_synchronised_batch_norm_on_two_gpus_has_the_statistics_of_all_the_data(run, learned):
-    options = {"method": "max", "accelerator": "gpu", "learn_scales": learned}
+    """Weights stay as they are: in six steps that learn ranges, differences of 1e-4 (TF32) grow to those looked for here."""
+    options = {"method": "max", "accelerator": "gpu", "learn_scales": learned, "rate": 0.0}
     _, (alone,) = run(1, **options)
     _, (synchronised, other) = run(2, **options, sync_batchnorm=True)
     _, (apart, _) = run(2, **options)
     assert equal(synchronised, other)
     for name in ("model.2.bn.running_mean", "model.2.bn.running_var"):
-        # The weights, and so the values, differ a little: TF32, and codes that rounding moves.
-        assert (synchronised[name] - alone[name]).norm() < 0.5 * (apart[name] - alone[name]).norm()
+        assert (synchronised[name] - alone[name]).norm() < 0.2 * (apart[name] - alone[name]).norm()
 
 
 def test_forked_training_says_that_the_ranges_stay_in_its_processes(tmp_path):
