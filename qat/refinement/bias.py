@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import QATError
 from ..nn.layers import CONVS, CONVS_TRANSPOSED
-from ..quantizer import switched_off
 from ..text import Printed
-from .passes import Passes, listen, progress_bar, unchanged_on_failure
+from .passes import Passes, listen, progress_bar, rounding_off, unchanged_on_failure
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,16 @@ class BiasCorrection(Printed):
 def correct_biases(
     model: nn.Module, data: Iterable[Any], *, batches: int | None = None, progress: bool = True
 ) -> BiasCorrection:
-    """Put the mean output of every quantized convolution and linear layer back to what it is in float, in place.
+    """Put the mean output of every quantized convolution and linear layer back to what it is without rounding, in place.
 
     Rounding a weight shifts the mean of what the layer computes, by channel: ``E[W x] - E[W_hat x_hat]``. Layer by layer, in
     the order in which they run, that difference is added to the bias; those before are corrected already when a layer is
-    measured. A layer without a bias whose output batch normalization reads gets it subtracted from ``running_mean``, which
-    is by definition the mean of this output; that serves whatever the normalization's weight is. No parameter is added: a
-    layer with neither is left and reported.
+    measured. What the ranges clip is taken as given: the float means are those of activations clipped as the sites do, since
+    a few extreme values can hold more than all the others, and a bias moves all.
+
+    A layer without a bias whose output batch normalization reads gets it subtracted from ``running_mean``, which is by
+    definition the mean of this output; that serves whatever the normalization's weight is. No parameter is added: a layer
+    with neither is left and reported.
 
     One pass over the data for the float means, and one for each layer, which ends at that layer. In memory are two numbers a
     channel.
@@ -89,7 +91,7 @@ def correct_biases(
     passes = Passes(model, data, batches)
     targets, left = _targets(model, passes)
     moments = {path: _Moments(model.get_submodule(path)) for path in targets}
-    with switched_off(model):
+    with rounding_off(model):
         _listen_all(passes, model, moments)
     done = []
     with unchanged_on_failure(t for _, t in targets.values()), progress_bar(progress) as bar:

@@ -17,7 +17,7 @@ from ..errors import QATError
 from ..modes import evaluating, isolated_random, uncompiled
 from ..nn.layers import QuantLayer
 from ..preparation.check import check_model
-from ..quantizer import State, quantizers
+from ..quantizer import Quantizer, State, WeightQuantizer, quantizers, switched_off
 from .wiring import Wiring, observe_wiring
 
 
@@ -137,6 +137,28 @@ def listen(layer: nn.Module, hear: Callable[[Tensor, Tensor], None]) -> Any:
         hear((*args, *kwargs.values())[0], out)
 
     return layer.register_forward_hook(hook, with_kwargs=True)
+
+
+@contextmanager
+def rounding_off(model: nn.Module) -> Iterator[None]:
+    """While this lasts the sites of activations clip and do not round, and weights are those in float.
+
+    What helpers want outputs to be. No rounding of weights and no bias gives back what clipping takes away: asked to, they
+    would change all values for the sake of the largest, which behind ranges by entropy can hold most of a tensor's energy.
+    """
+
+    def clip(site: Quantizer, args: Any, x: Tensor) -> Tensor:
+        scale = site.scale.detach()
+        return x.float().clamp(scale * site.fmt.qmin, scale * site.fmt.qmax).to(x.dtype)
+
+    sites = [site for _, site in quantizers(model) if not isinstance(site, WeightQuantizer) and site.state is State.QUANTIZING]
+    with switched_off(model):
+        handles = [site.register_forward_hook(clip) for site in sites]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def progress_bar(shown: bool) -> Progress:

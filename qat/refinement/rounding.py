@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from ..errors import QATError
 from ..nn.layers import CONVS, InterceptedLayer, QuantLayer
 from ..numerics import Format, quantize
-from ..quantizer import State, quantizers
 from ..text import Printed
-from .passes import Passes, listen, progress_bar, unchanged_on_failure
+from .passes import Passes, listen, progress_bar, rounding_off, unchanged_on_failure
 
 # Equation 23: the stretched sigmoid reaches 0 and 1 exactly (Louizos et al., arXiv 1712.01312).
 _ZETA, _GAMMA = 1.1, -0.1
@@ -81,7 +80,9 @@ def round_weights(
 
     Layer by layer, in the order in which they run, the codes are learned that give the float model's output from the
     quantized inputs that the layers before now give: the asymmetric reconstruction of the paper's section 3.4, without the
-    activation function, so that the loss is quadratic in the weights. Hence the second moments of the inputs say everything
+    activation function, so that the loss is quadratic in the weights. The float model clips activations as the sites do:
+    a weight that moves by less than a step cannot give back what clipping takes away, and would be rounded for the sake of
+    the few largest values. Hence the second moments of the inputs say everything
     about the data: they are summed in one pass a layer that ends at the layer, over every output of every image, and the
     optimization sees all of that in each step. It draws no random numbers. Where it does not lower a channel's error, the
     nearest codes stay.
@@ -113,14 +114,12 @@ def round_weights(
     passes = Passes(model, data, batches)
     layers, left = _targets(passes)
     reference = copy.deepcopy(model)
-    for _, site in quantizers(reference):
-        site.state = State.OFF
     sites = [layer.weight_quantizer for layer in layers.values()]
     follows = [site.follow for site in sites]
     done = []
     try:
         held = [t for layer in layers.values() for t in (layer.weight, layer.weight_quantizer.amax)]
-        with unchanged_on_failure(held), progress_bar(progress) as bar:
+        with rounding_off(reference), unchanged_on_failure(held), progress_bar(progress) as bar:
             for path, layer in bar.track(layers.items(), description="Rounding weights"):
                 done.append(_round_layer(path, layer, _moments(passes, model, reference, path), steps))
     finally:
