@@ -59,7 +59,7 @@ def make_optimizer(model: Any) -> Any:
     return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
 
-def ddp_options(args: argparse.Namespace) -> dict[str, bool]:
+def ddp_options(args: argparse.Namespace) -> dict[str, Any]:
     """What DistributedDataParallel is asked for beyond its defaults."""
     return {"broadcast_buffers": False, "gradient_as_bucket_view": True} if args.lean else {}
 
@@ -200,7 +200,7 @@ def train_plain(args: argparse.Namespace, devices: int) -> None:
             qat.calibrate(model, [(x, y)] * 2, progress=False)
         qat.batchnorm.freeze_batch_norm(model)
     compiled(args, model)
-    options = {"device_ids": [rank] if on_gpu else None, **ddp_options(args)}
+    options: dict[str, Any] = {"device_ids": [rank] if on_gpu else None, **ddp_options(args)}
     wrapped = model if devices == 1 else DistributedDataParallel(model, **options)
     optimizer = make_optimizer(wrapped)
     begin = 0.0

@@ -161,9 +161,9 @@ def draw_rows(
     plot(first, rows, labels, colors)
     # No bar where there is no file.
     size.barh(labels, [(r.int8_weights_bytes or r.file_bytes or nan) / 1e6 for r in rows], color=colors)
-    size.set_xlabel("ONNX file, MB (quantized: int8 weights)")
+    size.set_xlabel("ONNX file, MB\n(quantized: int8 weights)")
     latency.barh(labels, [r.cpu_ms or nan for r in rows], color=colors)
-    latency.set_xlabel("CPU latency of one image, ms")
+    latency.set_xlabel("CPU latency\nof one image, ms")
     figure.savefig(path, dpi=120)
 
 
@@ -174,7 +174,7 @@ def draw(results: Mapping[str, Result], title: str, path: Path) -> None:
         accuracies = [100 * r.top1 for r in rows]
         axes.errorbar(accuracies, labels, xerr=[100 * r.stderr for r in rows], fmt="none", ecolor="black", capsize=4, zorder=1)
         axes.scatter(accuracies, labels, c=colors, s=60, zorder=2)
-        axes.set_xlabel("top-1 accuracy, % (bar: standard error)")
+        axes.set_xlabel("top-1 accuracy, %\n(bar: standard error)")
 
     draw_rows(results, title, path, plot)
 
