@@ -24,7 +24,7 @@ def outputs(path, x):
     return session.run(None, {session.get_inputs()[0].name: x.numpy()})
 
 
-@pytest.mark.parametrize("opset", [17, 19, 23])
+@pytest.mark.parametrize("opset", [17, pytest.param(19, marks=pytest.mark.slow), 23])
 def test_computes_what_the_model_computes_for_any_batch(model, tmp_path, opset):
     x = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     path = export_float(model, tmp_path / "m.onnx", x[:1], opset=opset)

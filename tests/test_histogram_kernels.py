@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat1
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
-@pytest.mark.parametrize("chosen", ["blocks", "atomics"])
+@pytest.mark.parametrize("chosen", ["blocks", pytest.param("atomics", marks=pytest.mark.slow)])
 def test_all_in_tritons_interpreter(chosen):
     run_interpreted(__file__, chosen)
 

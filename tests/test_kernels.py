@@ -37,7 +37,7 @@ def device(request, monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
-@pytest.mark.parametrize("chosen", ["float32", "float16"])
+@pytest.mark.parametrize("chosen", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_all_in_tritons_interpreter(chosen):
     run_interpreted(__file__, chosen)
 
