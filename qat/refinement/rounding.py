@@ -82,10 +82,11 @@ def round_weights(
     quantized inputs that the layers before now give: the asymmetric reconstruction of the paper's section 3.4, without the
     activation function, so that the loss is quadratic in the weights. The float model clips activations as the sites do:
     a weight that moves by less than a step cannot give back what clipping takes away, and would be rounded for the sake of
-    the few largest values. Hence the second moments of the inputs say everything
-    about the data: they are summed in one pass a layer that ends at the layer, over every output of every image, and the
-    optimization sees all of that in each step. It draws no random numbers. Where it does not lower a channel's error, the
-    nearest codes stay.
+    the few largest values.
+
+    The second moments of the inputs then say everything about the data: they are summed in one pass a layer that ends at the
+    layer, over every output of every image, and the optimization sees all of that in each step. It draws no random numbers.
+    Where it does not lower a channel's error, the nearest codes stay.
 
     Weights then lie on the grid: the quantizer reproduces them, so export, training and parity stay what they are. Their
     ranges are frozen as :func:`qat.ranges.freeze_ranges` does; the largest weight of each range keeps its code, so a range
