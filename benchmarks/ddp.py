@@ -255,26 +255,27 @@ def main() -> int:
     args = parser.parse_args()
     if args.precision not in ("32-true", "bf16-mixed") and args.plain:
         parser.error("--plain: 32-true or bf16-mixed")
+    if args.plain and args.same_stream:
+        parser.error("--same-stream: is about Lightning's DDP, not that of --plain")
     if args.result:
         (train_plain if args.plain else train)(args, args.devices[0])
         return 0
+    names = ("channels-last", "float", "plain", "lean", "same-stream")
+    flags = [name for name in names if getattr(args, name.replace("-", "_"))]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for devices in args.devices:
             result = Path(folder) / f"{devices}.json"
             options = ["--accelerator", args.accelerator, "--model", args.model, "--precision", args.precision]
             options += [f"--{name}={getattr(args, name)}" for name in ("batch", "size", "steps")]
-            flags = ("channels-last", "float", "plain", "lean", "same-stream")
-            options += [f"--{name}" for name in flags if getattr(args, name.replace("-", "_"))]
+            options += [f"--{name}" for name in flags]
             options += ["--compile", args.compile] if args.compile else []
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if args.plain else []
             command = [sys.executable, *launcher, __file__, "--devices", str(devices), *options, "--result", str(result)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
             rows.append(json.loads(result.read_text()))
             print(json.dumps(rows[-1]), flush=True)
-    chosen = {"float": args.float, "plain": args.plain, "lean": args.lean, "same stream": args.same_stream}
-    kinds = [args.model, *(name for name, given in chosen.items() if given)]
-    first, kind = rows[0], ", ".join(kinds + ([f"compiled ({args.compile})"] if args.compile else []))
+    first, kind = rows[0], ", ".join([args.model, *flags, *([f"compiled ({args.compile})"] if args.compile else [])])
     print(f"\n{first['device']}, torch {first['torch']}, {kind}, batch {args.batch} a device, {args.precision}\n")
     print(table(rows))
     return int(not all(row["ranges_equal"] for row in rows))

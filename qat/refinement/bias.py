@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import QATError
 from ..nn.layers import CONVS, CONVS_TRANSPOSED
 from ..text import Printed
-from .passes import Passes, listen, progress_bar, rounding_off, unchanged_on_failure
+from .passes import Passes, clipping_only, listen, progress_bar, unchanged_on_failure
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class CorrectedBias:
     Attributes:
         path: Of the layer.
         where: What took the correction: a path of a parameter or buffer.
-        shift: Root mean square over the channels of what quantization had shifted the mean output by.
+        shift: Root mean square over the channels of what rounding had shifted the mean output by.
         spread: Root mean square over the channels of the float output's standard deviation, to compare ``shift`` with.
     """
 
@@ -91,7 +91,7 @@ def correct_biases(
     passes = Passes(model, data, batches)
     targets, left = _targets(model, passes)
     moments = {path: _Moments(model.get_submodule(path)) for path in targets}
-    with rounding_off(model):
+    with clipping_only(model):
         _listen_all(passes, model, moments)
     done = []
     with unchanged_on_failure(t for _, t in targets.values()), progress_bar(progress) as bar:

@@ -140,7 +140,7 @@ def listen(layer: nn.Module, hear: Callable[[Tensor, Tensor], None]) -> Any:
 
 
 @contextmanager
-def rounding_off(model: nn.Module) -> Iterator[None]:
+def clipping_only(model: nn.Module) -> Iterator[None]:
     """While this lasts the sites of activations clip and do not round, and weights are those in float.
 
     What helpers want outputs to be. No rounding of weights and no bias gives back what clipping takes away: asked to, they

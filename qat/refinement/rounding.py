@@ -17,7 +17,7 @@ from ..errors import QATError
 from ..nn.layers import CONVS, InterceptedLayer, QuantLayer
 from ..numerics import Format, quantize
 from ..text import Printed
-from .passes import Passes, listen, progress_bar, rounding_off, unchanged_on_failure
+from .passes import Passes, clipping_only, listen, progress_bar, unchanged_on_failure
 
 # Equation 23: the stretched sigmoid reaches 0 and 1 exactly (Louizos et al., arXiv 1712.01312).
 _ZETA, _GAMMA = 1.1, -0.1
@@ -39,7 +39,7 @@ class RoundedLayer:
     Attributes:
         path: Of the layer.
         moved: Share of the weights that were not rounded to the nearest code.
-        nearest: Squared error of the output with the nearest codes, relative to the float output's square.
+        nearest: Squared error of the output with the nearest codes, relative to the square of the output that is aimed at.
         learned: The same with the learned codes; never larger, on the data it was learned from.
     """
 
@@ -120,7 +120,7 @@ def round_weights(
     done = []
     try:
         held = [t for layer in layers.values() for t in (layer.weight, layer.weight_quantizer.amax)]
-        with rounding_off(reference), unchanged_on_failure(held), progress_bar(progress) as bar:
+        with clipping_only(reference), unchanged_on_failure(held), progress_bar(progress) as bar:
             for path, layer in bar.track(layers.items(), description="Rounding weights"):
                 done.append(_round_layer(path, layer, _moments(passes, model, reference, path), steps))
     finally:
