@@ -71,6 +71,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def check_signals(args: argparse.Namespace, device: Any) -> None:
+    """With ``--signal-check`` ask all ranks whether one was told to end: the host waits for the step before.
+
+    Lightning's Trainer does so each step since 2.5.2 (https://github.com/Lightning-AI/pytorch-lightning/issues/21487).
+    """
+    import torch
+
+    if args.signal_check and torch.distributed.get_world_size() > 1:
+        told = torch.tensor([0], device=device)
+        torch.distributed.broadcast(told, src=0)
+        told.item()
+
+
 def ranges_of(model: Any, device: Any) -> Any:
     """All ranges in a row; none of the float model."""
     import torch
@@ -208,6 +221,7 @@ def train_plain(args: argparse.Namespace, devices: int) -> None:
         if step == WARM_UP:
             synchronize()
             begin = time.perf_counter()
+        check_signals(args, device)
         with autocast():
             loss = F.cross_entropy(wrapped(x), y)
         optimizer.zero_grad()
@@ -250,6 +264,7 @@ def main() -> int:
     parser.add_argument("--lean", action="store_true", help="DDP with broadcast_buffers=False, gradient_as_bucket_view=True")
     parser.add_argument("--same-stream", action="store_true", help="Lightning's DDP on the stream of training")
     parser.add_argument("--plain", action="store_true", help="a loop of one's own instead of Lightning's Trainer")
+    parser.add_argument("--signal-check", action="store_true", help="in the loop of --plain, wait as Lightning's Trainer does")
     parser.add_argument("--float", action="store_true", help="the float model, for comparison")
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -257,10 +272,12 @@ def main() -> int:
         parser.error("--plain: 32-true or bf16-mixed")
     if args.plain and args.same_stream:
         parser.error("--same-stream: is about Lightning's DDP, not that of --plain")
+    if args.signal_check and not args.plain:
+        parser.error("--signal-check: is for --plain, Lightning's Trainer does it by itself")
     if args.result:
         (train_plain if args.plain else train)(args, args.devices[0])
         return 0
-    names = ("channels-last", "float", "plain", "lean", "same-stream")
+    names = ("channels-last", "float", "plain", "lean", "same-stream", "signal-check")
     flags = [name for name in names if getattr(args, name.replace("-", "_"))]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

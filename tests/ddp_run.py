@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from test_callback import IMAGES, LABELS, Lit
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import qat
 from qat.quantizer import quantizers
@@ -58,8 +58,14 @@ def main():
     launch = "ddp_fork" if accelerator == "cpu" else "ddp"
     strategy = settings.pop("strategy", f"{launch}_find_unused_parameters_true") if processes > 1 else "auto"
     options = {"sync_batchnorm": settings.pop("sync_batchnorm", False), "precision": precision, "strategy": strategy}
-    batch = 48 // (3 * processes)
-    data = DataLoader(TensorDataset(IMAGES, LABELS), batch, shuffle=False)
+
+    def train_dataloader():
+        """Three batches, which all processes together see as one does. The sampler that Lightning would put in shuffles."""
+        data = TensorDataset(IMAGES, LABELS)
+        sampler = DistributedSampler(data, processes, lit.global_rank, shuffle=False)
+        return DataLoader(data, 48 // (3 * processes), sampler=sampler)
+
+    lit.train_dataloader = train_dataloader
     if settings.pop("prepared", False):
         qat.prepare(lit.model)
     callbacks = [Look(folder)]
@@ -81,7 +87,7 @@ def main():
             torch.save(pl_module.state_dict(), folder / f"state-{trainer.global_rank}.pt")
 
     trainer.callbacks.append(Save())
-    trainer.fit(lit, data)
+    trainer.fit(lit)
     print(sum(site.has_range for _, site in quantizers(lit)))
 
 

@@ -92,7 +92,10 @@ def test_ranges_are_equal_on_two_gpus(run, method, precision):
 
 @pytest.mark.parametrize("learned", [pytest.param(value, marks=gpus) for value in (False, True)])
 def test_synchronised_batch_norm_on_two_gpus_has_the_statistics_of_all_the_data(run, learned):
-    """Weights stay as they are: in six steps that learn ranges, differences of 1e-4 (TF32) grow to those looked for here."""
+    """Weights stay as they are: in six steps that learn ranges, differences of 1e-4 (TF32) grow to those looked for here.
+
+    Both statistics are moving averages, so that the order of the images matters, too.
+    """
     options = {"method": "max", "accelerator": "gpu", "learn_scales": learned, "rate": 0.0}
     _, (alone,) = run(1, **options)
     _, (synchronised, other) = run(2, **options, sync_batchnorm=True)
