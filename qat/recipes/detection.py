@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +38,7 @@ from ..errors import QATError
 from ..export import ParityReport, export_float, export_onnx, parity
 from ..preparation import prepare
 from .boxes import distillation_loss, precision
-from .classification import finished, versions
+from .classification import finished, origin, sha256_of, versions
 from .detection_report import Detected, draw, make_table, markdown_row, over_seeds, parity_table
 from .detector import LOSSES, Detector, detect_onnx, detect_torch, fit
 from .evaluation import cpu_latency, open_session
@@ -132,12 +131,13 @@ def run(settings: DetectionSettings, command: str, console: Console) -> int:
     seeds, out = settings.all_seeds(), Path(settings.out)
     scenes = f"{data.name}, {data.image_size} px, {data.sizes()['test']} test scenes with {data.objects()['test']} objects"
     runs: list[dict[str, Detected]] = []
+    origins: list[dict[str, Any]] = []
     agreed = True
     for seed in seeds:
         folder = out / f"seed{seed}" if len(seeds) > 1 else out
         metrics = finished(folder / "metrics.json", settings, seed) if len(seeds) > 1 else None
         if metrics is None:
-            metrics = {"command": command, "settings": settings.to_dict(), "seed": seed}
+            metrics = {"command": command, "recipe": settings.recipe, "settings": settings.to_dict(), "seed": seed}
             metrics.update(run_seed(settings, model, data, seed, folder, console))
             _write_json(folder / "metrics.json", metrics)
         else:
@@ -146,6 +146,7 @@ def run(settings: DetectionSettings, command: str, console: Console) -> int:
         draw(results, f"{scenes}, seed {seed}", folder / "results.png")
         console.print(make_table(results, f"{scenes}, seed {seed}", "to float: difference in points"))
         runs.append(results)
+        origins.append(origin(metrics))
         agreed &= all(figures["agrees"] for figures in metrics["parity"].values())
     merged = over_seeds(runs)
     if len(seeds) > 1:
@@ -153,7 +154,7 @@ def run(settings: DetectionSettings, command: str, console: Console) -> int:
         console.print(make_table(merged, title, "± standard error of the mean over seeds; one set of test scenes"))
         draw(merged, title, out / "results.png")
         summary = {"command": command, "seeds": list(seeds), "results": {key: asdict(r) for key, r in merged.items()}}
-        _write_json(out / "metrics.json", summary)
+        _write_json(out / "metrics.json", {**summary, "runs": origins})
     if settings.results_row:
         row = markdown_row(
             merged,
@@ -222,7 +223,8 @@ def run_seed(
         **({} if engines is None else {"engines": engines}),
         "data": {"name": data.name, "image_size": data.image_size, "sha256": data.sha256, **data.sizes()},
         "objects": data.objects(),
-        "versions": {**versions(), **{name: _version(name) for name in ("torchmetrics", "pycocotools", "pillow")}},
+        "float_sha256": sha256_of(models["float"]),
+        "versions": versions(("torchmetrics", "pycocotools", "pillow", "scikit-learn")),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
@@ -372,13 +374,6 @@ def measure(
 def images_of(data: SceneData, count: int) -> Tensor:
     """The first ``count`` test scenes, ``(count, 3, H, W)``."""
     return torch.stack([data.test[i][0] for i in range(count)])
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

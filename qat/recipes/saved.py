@@ -1,4 +1,4 @@
-"""What a classification recipe wrote, read again: the network with its trained weights, data, and figures."""
+"""What a recipe wrote, read again: the network with its trained weights, data, and figures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SavedRun:
     Attributes:
         model: The fine-tuned network with its sites.
         placement: What is quantized, and what is not.
-        batches: Validation images and their labels.
+        batches: Validation images and their labels, or targets.
         baseline_state: The state before fine-tuning: of the PTQ model, or of the float model where that was not written.
         baseline_name: What that state is called.
         results: The tables of the run.
@@ -44,26 +44,26 @@ class SavedRun:
 
     model: nn.Module
     placement: Report
-    batches: list[tuple[Tensor, Tensor]]
+    batches: list[tuple[Tensor, Any]]
     baseline_state: Mapping[str, Tensor] | None
     baseline_name: str
     results: list[ResultTable]
     title: str
 
 
-def open_run(folder: str | Path, *, images: int = 128, data_dir: str | None = None) -> SavedRun:
+def open_run(folder: str | Path, *, images: int | None = None, data_dir: str | None = None) -> SavedRun:
     """Build the network of a run again and load what it wrote. Nothing in its files is executed.
 
     Args:
         folder: With ``metrics.json`` and ``qat.ckpt``.
-        images: How many validation images to take.
+        images: How many validation images to take; by default 128, or 16 of the larger scenes of detection.
         data_dir: Folder of the data, if it is no longer where it was.
 
     Raises:
         QATError: If a file is missing or damaged, or does not fit the others.
     """
     folder = Path(folder)
-    if images < 1:
+    if images is not None and images < 1:
         raise QATError(f"images={images}: must be positive")
     metrics = _read_metrics(folder / "metrics.json")
     if "settings" not in metrics and "seeds" in metrics:
@@ -71,6 +71,15 @@ def open_run(folder: str | Path, *, images: int = 128, data_dir: str | None = No
         raise QATError(f"{folder}: holds several runs. Pass one of them, such as {seeds[0]}")
     if not isinstance(metrics.get("settings"), dict) or not isinstance(metrics.get("results"), dict):
         raise QATError(f"{folder / 'metrics.json'}: has no settings and results. {_WROTE}")
+    if metrics.get("recipe") == "detection":
+        # Only here: detection has extra packages.
+        from .saved_detection import open_detection
+
+        return open_detection(folder, metrics, images=16 if images is None else images, data_dir=data_dir)
+    return _open_classification(folder, metrics, images=128 if images is None else images, data_dir=data_dir)
+
+
+def _open_classification(folder: Path, metrics: Mapping[str, Any], *, images: int, data_dir: str | None) -> SavedRun:
     settings = ClassifierSettings.from_dict(metrics["settings"])
     data = load(settings.data, settings.data_dir if data_dir is None else data_dir, settings.image_size)
 
@@ -81,12 +90,11 @@ def open_run(folder: str | Path, *, images: int = 128, data_dir: str | None = No
 
     batches = _images(data, images, settings.batch_size)
     placement = prepare(network(), settings.quant, example_inputs=batches[0][0][:1])
-    device = device_of(settings)
     loaded = load_from_checkpoint(Classifier, folder / "qat.ckpt", map_location="cpu", model=network(), lr=settings.qat_lr)
     state, name = _baseline(folder, network())
     title = f"{settings.arch} on {data.name}, {data.image_size} px, seed {metrics.get('seed', settings.seed)}"
     tables = _tables(folder / "metrics.json", metrics, settings, balanced=is_unbalanced(data))
-    return SavedRun(loaded.model.to(device).eval(), placement, batches, state, name, tables, title)
+    return SavedRun(loaded.model.to(device_of(settings.device)).eval(), placement, batches, state, name, tables, title)
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
@@ -108,14 +116,19 @@ def _images(data: ImageData, count: int, batch_size: int) -> list[tuple[Tensor, 
 
 def _baseline(folder: Path, model: nn.Module) -> tuple[Mapping[str, Tensor] | None, str]:
     if (folder / "ptq.pt").exists():
-        return _read_state(folder / "ptq.pt"), "the PTQ model, before fine-tuning"
+        return read_state(folder / "ptq.pt"), "the PTQ model, before fine-tuning"
     if (folder / "float.pt").exists():
         load_weights(model, str(folder / "float.pt"))
         return model.state_dict(), "the float model, before calibration and fine-tuning"
     return None, ""
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file.
+
+    Raises:
+        QATError: If it is none.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:

@@ -178,9 +178,9 @@ def fit(
     return trainer
 
 
-def device_of(settings: ClassifierSettings) -> torch.device:
-    """Where calibration and evaluation in PyTorch run: on the accelerator, unless the settings say CPU."""
-    if settings.device == "cpu" or not torch.accelerator.is_available():
+def device_of(accelerator: str) -> torch.device:
+    """Where calibration and evaluation in PyTorch run: on the accelerator, unless the setting ``device`` says CPU."""
+    if accelerator == "cpu" or not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 

@@ -145,7 +145,7 @@ def _calibrated(
     *,
     weight_method: str = "max",
 ) -> tuple[nn.Module, Calibration]:
-    device = device_of(settings)
+    device = device_of(settings.device)
     quantized = copy.deepcopy(model).to(device)
     # Ranges that follow the weights are their maxima.
     config = settings.quant if weight_method == "max" else replace(settings.quant, weight_range="frozen")
