@@ -16,13 +16,15 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
 from .batchnorm import freeze_batch_norm, reestimate_batch_norm
@@ -43,6 +45,7 @@ from .quantizer import WeightQuantizer, is_prepared, quantizers
 from .ranges import (
     clip_rates,
     freeze_ranges,
+    have_stale_ranges,
     learned_ranges,
     range_drift,
     ranges_are_frozen,
@@ -55,6 +58,7 @@ DEFAULT_BATCHES = 32
 _LAYERS = (*QUANTIZABLE, nn.MultiheadAttention, QuantAttention)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 _SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+_OWN_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
 
 
 class IntactCheckpointIO(TorchCheckpointIO):
@@ -82,37 +86,40 @@ class QATCallback(Callback):
         config: What is quantized and how, a :class:`~qat.QuantConfig` or a mapping of its settings. ``None`` means the
             defaults, or those of a model that is prepared already. It travels in the checkpoint; loading one that was
             saved with another config is an error.
-        calibration: Keyword arguments of :func:`qat.calibrate` (``method``, ``batches``, ...). Progress is shown if the trainer
-            shows its own.
-        calibration_data: A loader to calibrate from. By default the train loader, without moving the random state that
-            orders the training batches.
+        calibration: Keyword arguments of :func:`qat.calibrate` (``method``, ``batches``, ...). By default 32 batches, or as
+            many as the trainer is limited to, if that is less. Progress is shown if the trainer shows its own.
+        calibration_data: Batches to calibrate from, such as a loader or a list of them. By default those of the train loader,
+            without moving the random state that orders the training batches.
         forward: ``forward(module, batch)`` runs the LightningModule on one batch, for calibration and for naming the
             source of a non-finite loss. By default ``module(x)``, with the first element of the batch as ``x``; without a
             ``forward`` of its own, the one prepared sub-model is called.
         target: Attribute path, or paths, of the sub-models to prepare. By default every child that holds convolution,
             linear or attention layers, except metrics, losses and frozen teachers. When the layers are attributes of
             the LightningModule itself, or of several children that its ``forward`` chains, it is prepared as a whole.
-        freeze_bn_epoch: First epoch (from 0) with frozen batch-norm statistics; ``None`` never freezes them. Frozen from the
-            start is safe with batches of any size; half of the epochs was better in our ablations with batches of 32 and
-            more, most of all with 4-bit weights, and worse with batches of 4 (benchmarks/RESULTS.md).
-        reestimate_bn: Number of training batches over which the batch-norm statistics are averaged anew at the end of each
-            epoch, before its validation; ``None`` leaves them. Costs as many forward passes.
+        freeze_bn_epoch: First epoch (from 0) with frozen batch-norm statistics in the prepared sub-models; ``None`` never
+            freezes them. Frozen from the start is safe with batches of any size; half of the epochs was better in our ablations
+            with batches of 32 and more, most of all with 4-bit weights, and worse with batches of 4 (benchmarks/RESULTS.md).
+        reestimate_bn: Number of training batches over which the batch-norm statistics of the prepared sub-models are averaged
+            anew at the end of each epoch, before its validation; ``None`` leaves them. Costs as many forward passes.
         learn_scales: Overrides ``config.learn_scales``.
         export: ONNX file to write when ``fit`` ends, or a mapping of the arguments of :func:`qat.export_onnx` with ``path``.
             Inputs are those of ``example_input_array``, or ``example_inputs`` in the mapping. What is exported is the model
-            as the last step left it: to export the best checkpoint, load it and call :func:`qat.export_onnx`.
+            as ``fit`` leaves it, averaged where a callback averages weights: to export the best checkpoint, load it and call
+            :func:`qat.export_onnx`.
         freeze_ranges_epoch: First epoch with frozen ranges: those of weights stop following them, learned ones stop training.
             ``None`` never freezes them. Learned ones need ``find_unused_parameters`` with DDP.
         distill_from: A teacher whose outputs the quantized model learns to give, besides what its ``training_step`` asks for
-            (which may return a zero that requires a gradient, without labels): a model that is called as the prepared one, or
+            (which may return ``0 * outputs.sum()``, without labels): a model that is called as the prepared one, or
             ``"float"``: what that one is when ``fit`` begins, before it is quantized. Not part of checkpoints: to resume,
             build the same model again.
         distill_weight: What the distance to the teacher is multiplied by before it is added to the loss.
         distill_loss: ``distill_loss(student_output, teacher_output)``. By default the divergence of class probabilities.
         dampen_oscillations: What :func:`~qat.oscillation_penalty` is multiplied by at the end of the training; the factor grows
-            from 0 along half a cosine. For few bits.
+            from 0 along half a cosine. For few bits. With ``find_unused_parameters`` in DDP, every weight must take part in
+            the loss without it.
         log_ranges: What to log at the end of each epoch, by the last batch: the ``"summary"`` (largest and mean clip rate,
-            largest change of a range since ``fit`` began), all ``"sites"``, or ``None``.
+            largest change of a range since ``fit`` began), these for all ``"sites"`` with the ranges themselves (the largest of
+            a weight's channels), or ``None``.
         range_lr_factor: Learning rate of learned ranges, relative to that of the parameter group they would be in. They get
             groups of their own, without weight decay.
 
@@ -145,6 +152,7 @@ class QATCallback(Callback):
             raise QATError(f"log_ranges={log_ranges!r}: choose 'summary', 'sites' or None")
         self.log_ranges = log_ranges
         self._ranges: dict[str, Tensor] = {}
+        self._seen: set[int] | None = None
         for name, epoch in (("freeze_bn_epoch", freeze_bn_epoch), ("freeze_ranges_epoch", freeze_ranges_epoch)):
             if epoch is not None and epoch < 0:
                 raise QATError(f"{name}={epoch}: must be an epoch from 0, or None never to freeze")
@@ -180,7 +188,7 @@ class QATCallback(Callback):
         self._distillation: Distillation | None = None
         # Outlives fit, for checkpoints that are saved afterwards.
         self._fingerprint: str | None = None
-        self._load_guard: Any = None
+        self._load_hooks: list[Any] = []
         self._last_step: tuple[Any, Any] | None = None
 
     # Insertion
@@ -188,6 +196,11 @@ class QATCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare the model."""
         check_compatible(trainer, self)
+        if not pl_module.automatic_optimization and (self.distill_from is not None or self.dampen_oscillations):
+            raise QATError(
+                "distill_from, dampen_oscillations: are added to the loss of automatic optimization. In a training_step that "
+                "calls manual_backward itself, add qat.distillation.Distillation.loss() and qat.oscillation_penalty() there"
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             # Other plugins know the files that they write. No hook comes between the path of a checkpoint and its loading.
             trainer.strategy.checkpoint_io = IntactCheckpointIO()
@@ -205,24 +218,39 @@ class QATCallback(Callback):
                 "fit, call qat.prepare on it before, or qat.load_from_checkpoint afterwards"
             )
         if self.distill_from is not None and stage == "fit":
-            self._set_teacher(pl_module, original)
+            self._set_teacher(trainer, pl_module, original)
         if self.export is not None and stage == "fit":
             self._exported(pl_module)
-        self._remove_load_guard()
-        self._load_guard = pl_module.register_load_state_dict_pre_hook(_load_guard(trainer))
+        # LightningModule.setup comes after this hook.
+        self._seen = None if was_prepared or self.target else {id(layer) for layer in _layers(pl_module)}
+        self._remove_load_hooks()
+        self._load_hooks = [
+            pl_module.register_load_state_dict_pre_hook(_load_guard(trainer)),
+            pl_module.register_load_state_dict_post_hook(_freeze_stale_ranges),
+        ]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop what belongs to one run of the trainer."""
         if self._distillation is not None:
             self._distillation.remove()
             self._distillation = None
-        self._remove_load_guard()
+        self._remove_load_hooks()
         self._last_step = None
+        self._ranges = {}
 
-    def _set_teacher(self, pl_module: pl.LightningModule, original: pl.LightningModule | None) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """As ``teardown``, which is not called then: the module may be used again."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _set_teacher(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: pl.LightningModule | None) -> None:
         paths = list(_reports(pl_module))
         if len(paths) != 1:
             raise QATError(f"distill_from: {len(paths)} prepared sub-models ({', '.join(paths)}): name one by target=")
+        if paths == [""] and isinstance(trainer.strategy, DDPStrategy):
+            raise QATError(
+                "distill_from: the LightningModule is prepared as a whole, and DDP calls its training_step in the place of its "
+                "forward. Put the layers into one sub-model, as self.model"
+            )
         if original is not None:
             teacher = float_copy(original.get_submodule(paths[0]))
         else:
@@ -231,6 +259,8 @@ class QATCallback(Callback):
         if self._distillation is not None:
             self._distillation.remove()
         self._distillation = Distillation(pl_module.get_submodule(paths[0]), teacher, self.distill_loss)
+        # Only in steps of training: a learning-rate finder trains without callbacks.
+        self._distillation.listening = False
         self._fingerprint = self._distillation.fingerprint()
 
     def _exported(self, pl_module: pl.LightningModule) -> tuple[nn.Module, dict[str, Any]]:
@@ -246,10 +276,10 @@ class QATCallback(Callback):
             )
         return pl_module.get_submodule(paths[0]), options
 
-    def _remove_load_guard(self) -> None:
-        if self._load_guard is not None:
-            self._load_guard.remove()
-            self._load_guard = None
+    def _remove_load_hooks(self) -> None:
+        for hook in self._load_hooks:
+            hook.remove()
+        self._load_hooks = []
 
     # Checkpoints
 
@@ -258,6 +288,9 @@ class QATCallback(Callback):
         checkpoint[CHECKPOINT_KEY] = {"configs": configs_of(pl_module), "frozen_ranges": ranges_are_frozen(pl_module)}
         if self._fingerprint is not None:
             checkpoint[CHECKPOINT_KEY]["teacher"] = self._fingerprint
+        if self._ranges:
+            # What changes of ranges are relative to, also after resuming.
+            checkpoint[CHECKPOINT_KEY]["first_ranges"] = {path: amax.cpu() for path, amax in self._ranges.items()}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another configuration; freeze ranges that were frozen."""
@@ -268,6 +301,7 @@ class QATCallback(Callback):
                 "distill_from: the teacher is not the one that the checkpoint was trained with. Build the LightningModule with "
                 "the same float weights as then, or pass that model"
             )
+        self._ranges = dict(checkpoint.get(CHECKPOINT_KEY, {}).get("first_ranges", {}))
         # The weights and ranges are loaded already.
         if checkpoint.get(CHECKPOINT_KEY, {}).get("frozen_ranges"):
             freeze_ranges(pl_module, refresh=False)
@@ -276,28 +310,52 @@ class QATCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrate, unless the sites have ranges."""
-        self._remove_load_guard()
+        self._remove_load_hooks()
         if self.freeze_ranges_epoch is not None:
             _check_freezable(trainer, pl_module)
         ranges_to_float32(pl_module)
         if self._distillation is not None:
             self._distillation.teacher.to(pl_module.device)
-        schedulers = [entry.scheduler for entry in trainer.lr_scheduler_configs]
-        lost = separate_ranges(pl_module, trainer.optimizers, schedulers, lr_factor=self.range_lr_factor)
+        self._check_layers(pl_module)
+        lost = self._separate_ranges(trainer, pl_module)
         if lost:
             rank_zero_warn(
                 f"no optimizer has the learned ranges of {len(lost)} sites, so they stay: {', '.join(lost[:3])}, ..."
             )
-        sites = [site for _, site in quantizers(pl_module) if not isinstance(site, WeightQuantizer)]
-        if any(site.has_range for site in sites):
+        models = [pl_module.get_submodule(path) for path in _reports(pl_module)]
+        left = [model for model in models if not _has_ranges(model)]
+        if not left:
             return
         # Outside isolate_rng: the loader built here is the one that training uses, and draws what it would have drawn.
         trainer.fit_loop.setup_data()
-        self._calibrate(trainer, pl_module)
+        # All at once, or those that nobody has calibrated before.
+        for model in [pl_module] if left == models else left:
+            self._calibrate(trainer, pl_module, model)
+        _show_to_averages(trainer, pl_module)
 
-    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _separate_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+        schedulers = [entry.scheduler for entry in trainer.lr_scheduler_configs]
+        return separate_ranges(pl_module, trainer.optimizers, schedulers, lr_factor=self.range_lr_factor)
+
+    def _check_layers(self, pl_module: pl.LightningModule) -> None:
+        if self._seen is None:
+            return
+        late = [
+            path
+            for path, module in pl_module.named_modules()
+            if isinstance(module, _LAYERS)
+            and id(module) not in self._seen
+            and any(p.requires_grad for p in module.parameters())
+        ]
+        if late:
+            raise QATError(
+                f"{late[0]} was made in LightningModule.setup, which comes after the sites and the head were chosen. Build the "
+                "layers in __init__ or configure_model"
+            )
+
+    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
         options = dict(self.calibration)
-        batches = options.pop("batches", DEFAULT_BATCHES)
+        batches = options.pop("batches", int(min(DEFAULT_BATCHES, trainer.num_training_batches)))
         options.setdefault("progress", trainer.progress_bar_callback is not None)
         shown = 0
 
@@ -305,7 +363,7 @@ class QATCallback(Callback):
             nonlocal shown
             shown = self._show(trainer, pl_module, batches, self.calibration_data)
 
-        calibrate(pl_module, show, **options)
+        calibrate(model, show, **options)
         if "batches" in self.calibration and batches is not None and shown < batches:
             rank_zero_warn(f"calibration: the loader ended after {shown} of {batches} batches")
 
@@ -315,32 +373,43 @@ class QATCallback(Callback):
         Returns:
             How many there were.
         """
-        data = trainer.train_dataloader if data is None else data
+        loaders = CombinedLoader(trainer.train_dataloader if data is None else [], "min_size")
+        # Persistent workers have one iterator, which training may have begun.
+        loaders.flattened = [_own_iterator(loader) for loader in loaders.flattened]
         count = 0
-        with isolate_rng(), keep_generators(data), uncompiled():
-            for batch, *_ in itertools.islice(iter(CombinedLoader(data, "min_size")), batches):
-                self._run(trainer, pl_module, batch)
+        with isolate_rng(), keep_generators(loaders.flattened if data is None else [data]), uncompiled():
+            shown = (batch for batch, *_ in iter(loaders)) if data is None else iter(data)
+            for batch in itertools.islice(shown, batches):
+                self._run(trainer, pl_module, trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)))
                 count += 1
         return count
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
-        batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+        """Run the module on a batch as its steps see it, which is behind the hooks of the transfer to a device."""
         with trainer.precision_plugin.forward_context():
             return (self.forward or run_module)(pl_module, batch)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freeze what is due when training starts or resumes in the middle of an epoch."""
-        self._ranges = {} if self.log_ranges is None else recorded_ranges(pl_module)
+        if self.log_ranges is not None and not self._ranges:
+            self._ranges = recorded_ranges(pl_module)
+        self._ranges = move_data_to_device(self._ranges, pl_module.device)
         self._freeze(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Freeze what is due at the start of each epoch: batch norm after whatever called ``train()`` there."""
         if batch_idx == 0:
+            # Other callbacks may have given ranges to an optimizer since, with those of a layer that they unfroze.
+            self._separate_ranges(trainer, pl_module)
             self._freeze(trainer, pl_module)
+        if self._distillation is not None:
+            self._distillation.forget()
+            self._distillation.listening = True
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.freeze_bn_epoch is not None and trainer.current_epoch >= self.freeze_bn_epoch:
-            freeze_batch_norm(pl_module)
+            for path in _reports(pl_module):
+                freeze_batch_norm(pl_module.get_submodule(path))
         due = self.freeze_ranges_epoch is not None and trainer.current_epoch >= self.freeze_ranges_epoch
         if due and not ranges_are_frozen(pl_module):
             freeze_ranges(pl_module)
@@ -360,8 +429,8 @@ class QATCallback(Callback):
             factor = self.dampen_oscillations * ramp(trainer.global_step / trainer.estimated_stepping_batches)
             _add_to_loss(trainer, pl_module, loss, factor * penalty)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export."""
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export: behind ``on_train_end``, where averaged weights are put in."""
         if self.export is None:
             return
         if trainer.is_global_zero:
@@ -376,20 +445,35 @@ class QATCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Average batch-norm statistics after the last step; remember the step, unread: that would synchronise every time."""
-        if self.reestimate_bn is not None and trainer.is_last_batch:
-            reestimate_batch_norm(pl_module, lambda module: self._show(trainer, pl_module, self.reestimate_bn))
-        self._last_step = (outputs["loss"] if isinstance(outputs, Mapping) else outputs, batch)
-        if self.log_ranges is not None and trainer.is_last_batch:
+        if self._distillation is not None:
+            self._distillation.listening = False
+        # In manual optimization the outputs of a step may be anything.
+        self._last_step = (outputs.get("loss") if isinstance(outputs, Mapping) else outputs, batch)
+        if not (trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step):
+            return
+        if self.reestimate_bn is not None:
+            prepared = nn.ModuleList(pl_module.get_submodule(path) for path in _reports(pl_module))
+            with evaluating(pl_module):
+                reestimate_batch_norm(prepared, lambda _: self._show(trainer, pl_module, self.reestimate_bn))
+        if self.log_ranges is not None:
             self._log_ranges(trainer, pl_module, batch)
 
     def _log_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        with evaluating(pl_module), uncompiled():
-            rates = clip_rates(pl_module, lambda module: self._run(trainer, pl_module, batch))
+        rates: dict[str, float] = {}
+        try:
+            with evaluating(pl_module), uncompiled():
+                rates = clip_rates(pl_module, lambda module: self._run(trainer, pl_module, batch))
+        except QATError as error:
+            # Nobody has run the module on a batch before if it was calibrated by hand.
+            rank_zero_warn(
+                f"log_ranges: no clip rates, as the model cannot be run on a batch: {error} Or pass QATCallback(forward=...)"
+            )
         found = {"clip_rate": rates, "range_drift": range_drift(pl_module, self._ranges)}
         values = {f"qat/{kind}/max": max(of.values()) for kind, of in found.items() if of}
         if rates:
             values["qat/clip_rate/mean"] = sum(rates.values()) / len(rates)
         if self.log_ranges == "sites":
+            found["range"] = {path: float(amax.max()) for path, amax in recorded_ranges(pl_module).items()}
             values |= {f"qat/{kind}/{path}": value for kind, of in found.items() for path, value in of.items()}
         # Each process has its own last batch.
         pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
@@ -409,8 +493,11 @@ class QATCallback(Callback):
         self._last_step = None
         if not isinstance(loss, Tensor) or bool(loss.isfinite().all()):
             return
-        site = first_non_finite(pl_module, lambda module: self._run(trainer, pl_module, batch))
-        found = f"first seen by {site}" if site else "every site saw finite values only: look at what follows the last one"
+        try:
+            site = first_non_finite(pl_module, lambda module: self._run(trainer, pl_module, batch))
+            found = f"first seen by {site}" if site else "every site saw finite values only: look at what follows the last one"
+        except QATError as error:
+            found = f"by which site first is not known ({error})"
         raise QATError(
             f"the training loss is {loss.mean().item()} in epoch {trainer.current_epoch}, {found}. "
             "A NaN in an input comes from the data or the layer before; in a weight, lower the learning rate"
@@ -449,13 +536,18 @@ def check_compatible(trainer: pl.Trainer, callback: QATCallback) -> None:
     """Refuse strategies and callbacks that cannot work with ``callback``.
 
     Raises:
-        QATError: For a sharding strategy, for weight averaging that copies the model before it is prepared, and for
-            stochastic weight averaging with frozen batch norm.
+        QATError: For a sharding strategy, a precision plugin that exchanges layers, for weight averaging that copies the
+            model before it is prepared, and for stochastic weight averaging with frozen batch norm.
     """
     if isinstance(trainer.strategy, _SHARDED):
         raise QATError(
             f"strategy {type(trainer.strategy).__name__}: not supported, it loads checkpoints after the sites were "
             "calibrated. Use a single device or DDP"
+        )
+    if isinstance(trainer.precision_plugin, _OWN_LAYERS):
+        raise QATError(
+            f"precision plugin {type(trainer.precision_plugin).__name__}: not supported, it has linear layers of its own "
+            "formats. Use 32-true, 16-mixed, bf16-mixed or bf16-true"
         )
     before = True
     for other in trainer.callbacks:  # type: ignore[attr-defined]
@@ -487,7 +579,7 @@ def prepare_module(
     """
     reports = _reports(pl_module)
     if config is not None:
-        _check_unchanged(reports, config)
+        _check_unchanged({path: report for path, report in reports.items() if target is None or path in target}, config)
     if target is not None:
         chosen = {path: _submodule(pl_module, path) for path in target if path not in reports}
     elif reports:
@@ -551,7 +643,32 @@ def _find_targets(pl_module: pl.LightningModule, config: QuantConfig) -> tuple[d
 
 
 def _has_layers(module: nn.Module) -> bool:
-    return any(isinstance(child, _LAYERS) for child in module.modules())
+    return any(True for _ in _layers(module))
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if isinstance(module, _LAYERS))
+
+
+def _has_ranges(model: nn.Module) -> bool:
+    return any(site.has_range for _, site in quantizers(model) if not isinstance(site, WeightQuantizer))
+
+
+def _show_to_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Give the ranges to the copies that weight averaging made before calibration: validation may run them before an update."""
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        average = other._average_model if isinstance(other, WeightAveraging) else None
+        if average is not None:
+            for (_, site), (_, twin) in zip(quantizers(pl_module), quantizers(average.module), strict=True):
+                twin.amax.data.copy_(site.amax.data)
+
+
+def _own_iterator(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader) or not loader.persistent_workers:
+        return loader
+    loader = copy.copy(loader)
+    loader._iterator = None
+    return loader
 
 
 def ranges_to_float32(model: nn.Module) -> None:
@@ -577,9 +694,13 @@ def run_module(pl_module: pl.LightningModule, batch: Any) -> None:
 
 
 @contextmanager
-def keep_generators(data: Any) -> Iterator[None]:
-    """Restore, on leaving, the random generators that a loader and its samplers were given."""
-    owners = [data, getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None)]
+def keep_generators(loaders: Iterable[Any]) -> Iterator[None]:
+    """Restore, on leaving, the random generators that loaders and their samplers were given."""
+    owners = [
+        owner
+        for data in loaders
+        for owner in (data, getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None))
+    ]
     generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
     states = [generator.get_state() for generator in generators]
     try:
@@ -623,6 +744,12 @@ def is_site_key(key: str, state_dict: Mapping[str, Any]) -> bool:
     if not key.endswith(".amax") or getattr(state_dict[key], "dtype", None) is None:
         return False
     return not any(other != key and other.startswith(owner) for other in state_dict)
+
+
+def _freeze_stale_ranges(module: nn.Module, keys: Any) -> None:
+    """A hook for checkpoints without the state of callbacks (``save_weights_only``), which do not tell of frozen ranges."""
+    if have_stale_ranges(module):
+        freeze_ranges(module, refresh=False)
 
 
 def _load_guard(trainer: pl.Trainer) -> Callable[..., None]:

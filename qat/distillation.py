@@ -49,6 +49,9 @@ class Distillation:
         teacher: Called as the student is. It is switched to evaluation mode and frozen, in place.
         loss: Of the outputs of one call, student's and teacher's. By default :func:`logits_divergence`.
 
+    Attributes:
+        listening: Whether calls of the student are remembered.
+
     Example:
         >>> model, teacher = nn.Linear(3, 2), nn.Linear(3, 2)
         >>> distillation = Distillation(model, teacher)
@@ -63,11 +66,12 @@ class Distillation:
             raise QATError("distillation: the teacher is a part of the model, or the other way round. Pass a copy")
         self.teacher = teacher.eval().requires_grad_(False)
         self._loss = loss or logits_divergence
+        self.listening = True
         self._calls: list[tuple[Any, Any, Any]] = []
         self._hook = student.register_forward_hook(self._remember, with_kwargs=True)
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if module.training and torch.is_grad_enabled():
+        if self.listening and module.training and torch.is_grad_enabled():
             self._calls.append((args, kwargs, out))
 
     def loss(self) -> Tensor:

@@ -15,7 +15,7 @@ from .checkpoints import check_intact
 from .config import QuantConfig
 from .errors import QATError
 from .preparation import prepare
-from .ranges import freeze_ranges
+from .ranges import freeze_ranges, have_stale_ranges
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
@@ -65,6 +65,8 @@ def load_from_checkpoint(
             raise QATError(f"config: {os.fspath(path)} holds its own settings, which are others. Leave config out")
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        # Before sites make another one of it.
+        self.__class__ = module_class
         if not quantized:
             checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key not in sites}
         elif saved:
@@ -73,7 +75,7 @@ def load_from_checkpoint(
                 prepare(_child(self, name, path), QuantConfig.from_dict(settings), example_inputs=example)
         elif sites:
             prepare_module(self, given)
-        super(loading, self).on_load_checkpoint(checkpoint)
+        self.on_load_checkpoint(checkpoint)
 
     # A class for this call alone: Lightning shows the checkpoint to the module before it loads the weights.
     loading: Any = type(module_class.__name__, (module_class,), {"on_load_checkpoint": on_load_checkpoint})
@@ -83,8 +85,7 @@ def load_from_checkpoint(
     except RuntimeError as error:
         hint = "" if saved or not sites else ". It does not hold the settings of its sites: pass config="
         raise QATError(f"{os.fspath(path)}: does not fit {module_class.__name__}{hint}: {error}") from error
-    module.__class__ = module_class
-    if quantized and checkpoint.get(CHECKPOINT_KEY, {}).get("frozen_ranges"):
+    if quantized and (checkpoint.get(CHECKPOINT_KEY, {}).get("frozen_ranges") or have_stale_ranges(module)):
         freeze_ranges(module, refresh=False)
     return module
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from .nn.layers import InterceptedLayer, QuantLayer
 from .numerics import broadcast_scale
 from .quantizer import Quantizer, State, WeightQuantizer, quantizers, watching
 
+# Marks a parameter group of ranges.
+_SEPARATE = "qat_ranges"
 # What learning-rate schedulers of torch keep for each parameter group.
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
 
@@ -33,12 +35,10 @@ def freeze_ranges(model: nn.Module, *, refresh: bool = True) -> list[str]:
         Paths of the quantizers that were stopped. A weight that is computed anew in each forward (weight standardization)
         keeps a range that follows it.
     """
-    recorded: set[int] = set()
     for module in model.modules():
-        if isinstance(module, QuantLayer | QuantAttention) and not isinstance(module, InterceptedLayer):
-            recorded.update(id(site) for site in module.children() if isinstance(site, WeightQuantizer))
-            if refresh:
-                module.refresh_weight_ranges()
+        if refresh and isinstance(module, QuantLayer | QuantAttention) and not isinstance(module, InterceptedLayer):
+            module.refresh_weight_ranges()
+    recorded = _recorded(model)
     stopped = []
     for path, site in quantizers(model):
         if isinstance(site, WeightQuantizer) and site.follow and id(site) in recorded:
@@ -51,9 +51,36 @@ def freeze_ranges(model: nn.Module, *, refresh: bool = True) -> list[str]:
 
 
 def ranges_are_frozen(model: nn.Module) -> bool:
-    """Whether a prepared model has ranges of weights or learned ones, and none of them moves."""
-    moving = [site.amax.requires_grad or (isinstance(site, WeightQuantizer) and site.follow) for _, site in quantizers(model)]
+    """Whether a prepared model has sites, and nothing is left for :func:`freeze_ranges` to stop."""
+    recorded = _recorded(model)
+    moving = [site.amax.requires_grad or (id(site) in recorded and bool(site.follow)) for _, site in quantizers(model)]
     return bool(moving) and not any(moving)
+
+
+def have_stale_ranges(model: nn.Module) -> bool:
+    """Whether a range that is to follow its weight is another than the weight has now.
+
+    A state dict holds up-to-date ones. Loaded from one, they differ only if they were frozen when it was saved.
+    """
+    recorded = _recorded(model)
+    following = [s for _, s in quantizers(model) if id(s) in recorded and s.follow and s.state is State.QUANTIZING]
+    before = [site.amax.detach().clone() for site in following]
+    recorded_ranges(model)
+    changed = [not torch.equal(site.amax, old) for site, old in zip(following, before, strict=True)]
+    for site, old in zip(following, before, strict=True):
+        site.amax.data.copy_(old)
+    return any(changed)
+
+
+def _recorded(model: nn.Module) -> set[int]:
+    """The sites of weights that are parameters: of one that is computed in each forward, a range has to follow it."""
+    return {
+        id(site)
+        for module in model.modules()
+        if isinstance(module, QuantLayer | QuantAttention) and not isinstance(module, InterceptedLayer)
+        for site in module.children()
+        if isinstance(site, WeightQuantizer)
+    }
 
 
 def learned_ranges(model: nn.Module) -> list[nn.Parameter]:
@@ -66,8 +93,9 @@ def separate_ranges(
 ) -> list[str]:
     """Give learned ranges parameter groups of their own, in place: no weight decay, and their own learning rate.
 
-    Weight decay would pull the ranges to zero, that is, clip more and more. Call it when the optimizers are made, before a
-    state is loaded into them.
+    Weight decay would pull the ranges to zero, that is, clip more and more. Ranges that no optimizer has, as it was given
+    weights and biases by name, join that of the layer that they belong to. Call it when the optimizers are made, before a state
+    is loaded into them; calling it again changes only groups that were added since.
 
     Args:
         model: A prepared model.
@@ -76,15 +104,20 @@ def separate_ranges(
         lr_factor: Learning rate of the ranges, relative to that of the group they were in.
 
     Returns:
-        Paths of the quantizers whose range no optimizer has.
+        Paths of the quantizers whose range no optimizer has, nor all parameters of their layer or block.
     """
     ranges = {id(p) for p in learned_ranges(model)}
+    optimizers = list(optimizers)
     found: set[int] = set()
     schedulers = [inner for scheduler in schedulers for inner in _all(scheduler)]
+    _join(model, optimizers, ranges)
     for optimizer in optimizers:
         count = len(optimizer.param_groups)
         for position in range(count):
             group = optimizer.param_groups[position]
+            if group.get(_SEPARATE):
+                found.update(id(p) for p in group["params"])
+                continue
             own = [p for p in group["params"] if id(p) in ranges]
             if not own:
                 continue
@@ -95,12 +128,31 @@ def separate_ranges(
                 group["params"] = rest
                 target, source = {**group, "params": own}, position
                 optimizer.param_groups.append(target)
+            target[_SEPARATE] = True
             if "weight_decay" in target:
                 target["weight_decay"] = 0.0
             _scale(target, lr_factor)
             for scheduler in (s for s in schedulers if s.optimizer is optimizer):
                 _extend(scheduler, source if source is not None else position, new=source is not None, lr_factor=lr_factor)
     return [path for path, site in quantizers(model) if site.learned and site.amax.requires_grad and id(site.amax) not in found]
+
+
+def _join(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ranges: set[int]) -> None:
+    """Add the ranges that are in no optimizer to the groups of their layers, or of the block that an Add belongs to."""
+    groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for path, site in quantizers(model):
+        if not isinstance(site.amax, nn.Parameter) or not site.amax.requires_grad or id(site.amax) in groups:
+            continue
+        while path:
+            path = path.rpartition(".")[0]
+            others = [p for p in model.get_submodule(path).parameters() if id(p) not in ranges]
+            if others:
+                # Of one that is trained in part, nobody knows to which part an Add belongs.
+                if all(id(p) in groups for p in others):
+                    group = groups[id(others[0])]
+                    group["params"].append(site.amax)
+                    groups[id(site.amax)] = group
+                break
 
 
 def _all(scheduler: Any) -> Iterator[Any]:

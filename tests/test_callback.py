@@ -591,7 +591,7 @@ def test_logs_of_ranges(what):
     found = {name for name in trainer.callback_metrics if name.startswith("qat/")}
     summary = {"qat/clip_rate/max", "qat/clip_rate/mean", "qat/range_drift/max"}
     paths = {path for path, _ in quantizers(lit)}
-    sites = {f"qat/{kind}/{path}" for kind in ("clip_rate", "range_drift") for path in paths}
+    sites = {f"qat/{kind}/{path}" for kind in ("clip_rate", "range_drift", "range") for path in paths}
     assert found == {"summary": summary, "sites": summary | sites, None: set()}[what]
     if what == "sites":
         values = [float(trainer.callback_metrics[f"qat/clip_rate/{path}"]) for path in paths]
@@ -776,7 +776,7 @@ def test_loss_function_is_suspected_when_all_sites_are_finite():
 
 def test_training_steps_do_not_read_the_loss():
     # Reading a tensor on the meta device raises, as an unwanted synchronisation would only cost time.
-    within = SimpleNamespace(is_last_batch=False)
+    within = SimpleNamespace(is_last_batch=False, max_steps=-1, global_step=1)
     callback().on_train_batch_end(within, None, {"loss": torch.ones((), device="meta")}, None, 0)
 
 
