@@ -28,7 +28,7 @@ _PUBLIC = {
     "round_weights": "refinement",
 }
 _MODULES = frozenset(_PUBLIC.values()) | {
-    *("analysis", "batchnorm", "bench", "distillation", "inputs", "interop"),
+    *("analysis", "batchnorm", "bench", "checkpoints", "distillation", "inputs", "interop"),
     *("nn", "quantizer", "ranges", "report", "tensorrt", "verify"),
 }
 __all__ = ["__version__", *_PUBLIC, "analysis", "bench", "interop", "nn", "report", "tensorrt", "verify"]  # noqa: PLE0604

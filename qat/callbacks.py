@@ -30,7 +30,7 @@ from torchmetrics import Metric, MetricCollection
 from .batchnorm import freeze_batch_norm, reestimate_batch_norm
 from .calibration import calibrate
 from .calibration.batches import run_batch
-from .checkpoints import check_intact
+from .checkpoints import CHECKPOINT_KEY, check_intact, check_same_configs, differing, is_site_key, reports, settings_of
 from .config import QuantConfig, Rule
 from .distillation import Distillation, float_copy
 from .errors import QATError
@@ -40,7 +40,7 @@ from .nn.attention import QuantAttention
 from .nn.layers import QUANTIZABLE
 from .nonfinite import first_non_finite
 from .oscillation import oscillation_penalty, ramp
-from .preparation import Report, prepare, prepared_report, restore
+from .preparation import Report, prepare, restore
 from .quantizer import WeightQuantizer, is_prepared, quantizers
 from .ranges import (
     clip_rates,
@@ -53,7 +53,6 @@ from .ranges import (
     separate_ranges,
 )
 
-CHECKPOINT_KEY = "qat"
 DEFAULT_BATCHES = 32
 _LAYERS = (*QUANTIZABLE, nn.MultiheadAttention, QuantAttention)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
@@ -209,7 +208,7 @@ class QATCallback(Callback):
             pl_module.configure_model()
         # Before a checkpoint is loaded: the weights are those that fit begins with.
         original = copy.deepcopy(pl_module) if self.distill_from == "float" and stage == "fit" else None
-        was_prepared = bool(_reports(pl_module))
+        was_prepared = bool(reports(pl_module))
         prepare_module(pl_module, self.config, self.target)
         if stage == "fit" and not was_prepared and trainer.world_size > 1 and multiprocessing.parent_process() is not None:
             # ddp_spawn, ddp_fork and ddp_notebook: back there Lightning copies the weights that it finds by name.
@@ -226,7 +225,7 @@ class QATCallback(Callback):
         self._remove_load_hooks()
         self._load_hooks = [
             pl_module.register_load_state_dict_pre_hook(_load_guard(trainer)),
-            pl_module.register_load_state_dict_post_hook(_freeze_stale_ranges),
+            pl_module.register_load_state_dict_post_hook(_freeze_stale_ranges(trainer)),
         ]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -243,7 +242,7 @@ class QATCallback(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def _set_teacher(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: pl.LightningModule | None) -> None:
-        paths = list(_reports(pl_module))
+        paths = list(reports(pl_module))
         if len(paths) != 1:
             raise QATError(f"distill_from: {len(paths)} prepared sub-models ({', '.join(paths)}): name one by target=")
         if paths == [""] and isinstance(trainer.strategy, DDPStrategy):
@@ -266,7 +265,7 @@ class QATCallback(Callback):
     def _exported(self, pl_module: pl.LightningModule) -> tuple[nn.Module, dict[str, Any]]:
         """The model to export, and the arguments: what is wrong with them must be said before training."""
         assert self.export is not None
-        paths = list(_reports(pl_module))
+        paths = list(reports(pl_module))
         if len(paths) != 1:
             raise QATError(f"export: {len(paths)} prepared sub-models ({', '.join(paths)}): name one by target=")
         options = {"example_inputs": getattr(pl_module, "example_input_array", None), **self.export}
@@ -285,7 +284,7 @@ class QATCallback(Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the configuration as plain values."""
-        checkpoint[CHECKPOINT_KEY] = {"configs": configs_of(pl_module), "frozen_ranges": ranges_are_frozen(pl_module)}
+        checkpoint[CHECKPOINT_KEY] = settings_of(pl_module)
         if self._fingerprint is not None:
             checkpoint[CHECKPOINT_KEY]["teacher"] = self._fingerprint
         if self._ranges:
@@ -294,7 +293,7 @@ class QATCallback(Callback):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another configuration; freeze ranges that were frozen."""
-        _check_same_configs(checkpoint, pl_module)
+        check_same_configs(checkpoint, pl_module)
         teacher = checkpoint.get(CHECKPOINT_KEY, {}).get("teacher")
         if self._distillation is not None and teacher not in (None, self._fingerprint):
             raise QATError(
@@ -322,7 +321,7 @@ class QATCallback(Callback):
             rank_zero_warn(
                 f"no optimizer has the learned ranges of {len(lost)} sites, so they stay: {', '.join(lost[:3])}, ..."
             )
-        models = [pl_module.get_submodule(path) for path in _reports(pl_module)]
+        models = [pl_module.get_submodule(path) for path in reports(pl_module)]
         left = [model for model in models if not _has_ranges(model)]
         if not left:
             return
@@ -408,7 +407,7 @@ class QATCallback(Callback):
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.freeze_bn_epoch is not None and trainer.current_epoch >= self.freeze_bn_epoch:
-            for path in _reports(pl_module):
+            for path in reports(pl_module):
                 freeze_batch_norm(pl_module.get_submodule(path))
         due = self.freeze_ranges_epoch is not None and trainer.current_epoch >= self.freeze_ranges_epoch
         if due and not ranges_are_frozen(pl_module):
@@ -452,7 +451,7 @@ class QATCallback(Callback):
         if not (trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step):
             return
         if self.reestimate_bn is not None:
-            prepared = nn.ModuleList(pl_module.get_submodule(path) for path in _reports(pl_module))
+            prepared = nn.ModuleList(pl_module.get_submodule(path) for path in reports(pl_module))
             with evaluating(pl_module):
                 reestimate_batch_norm(prepared, lambda _: self._show(trainer, pl_module, self.reestimate_bn))
         if self.log_ranges is not None:
@@ -577,12 +576,12 @@ def prepare_module(
         QATError: For a path that does not exist, when there is nothing to quantize, or when a sub-model is prepared with
             another configuration. The module is then unchanged.
     """
-    reports = _reports(pl_module)
+    found = reports(pl_module)
     if config is not None:
-        _check_unchanged({path: report for path, report in reports.items() if target is None or path in target}, config)
+        _check_unchanged({path: report for path, report in found.items() if target is None or path in target}, config)
     if target is not None:
-        chosen = {path: _submodule(pl_module, path) for path in target if path not in reports}
-    elif reports:
+        chosen = {path: _submodule(pl_module, path) for path in target if path not in found}
+    elif found:
         return
     else:
         chosen, config = _find_targets(pl_module, config or QuantConfig())
@@ -601,11 +600,11 @@ def prepare_module(
 
 def _check_unchanged(reports: Mapping[str, Report], config: QuantConfig) -> None:
     for path, report in reports.items():
-        differing = _differing(report.config.to_dict(), config.to_dict())
+        changed = differing(report.config.to_dict(), config.to_dict())
         # A whole LightningModule has rules of its own for the children that it leaves alone.
-        if differing and (path or differing != ["rules"]):
+        if changed and (path or changed != ["rules"]):
             raise QATError(
-                f"{path or 'the LightningModule'} is prepared already, with another {', '.join(differing)}: call "
+                f"{path or 'the LightningModule'} is prepared already, with another {', '.join(changed)}: call "
                 "qat.restore on it first, or leave config out"
             )
 
@@ -661,6 +660,8 @@ def _show_to_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Non
         if average is not None:
             for (_, site), (_, twin) in zip(quantizers(pl_module), quantizers(average.module), strict=True):
                 twin.amax.data.copy_(site.amax.data)
+                # Its state dicts then hold ranges of its own weights.
+                twin.state = site.state
 
 
 def _own_iterator(loader: Any) -> Any:
@@ -710,46 +711,16 @@ def keep_generators(loaders: Iterable[Any]) -> Iterator[None]:
             generator.set_state(state)
 
 
-def _reports(pl_module: nn.Module) -> dict[str, Report]:
-    return {path: report for path, module in pl_module.named_modules() if (report := prepared_report(module))}
-
-
-def configs_of(pl_module: nn.Module) -> dict[str, dict[str, Any]]:
-    """The configuration of every prepared sub-model by its path, as plain values."""
-    return {path: report.config.to_dict() for path, report in _reports(pl_module).items()}
-
-
-def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    return [key for key in a if a[key] != b[key]]
-
-
-def _check_same_configs(checkpoint: Mapping[str, Any], pl_module: nn.Module) -> None:
-    saved = checkpoint.get(CHECKPOINT_KEY, {}).get("configs")
-    if saved is None:
-        return
-    ours = configs_of(pl_module)
-    if saved.keys() != ours.keys():
-        raise QATError(f"the checkpoint holds other prepared sub-models: {list(saved)}, here {list(ours)}. Pass target=")
-    for path, settings in saved.items():
-        # Missing keys take their defaults: the checkpoint may be older than a setting.
-        theirs, here = QuantConfig.from_dict(settings).to_dict(), ours[path]
-        differing = [f"{key} (checkpoint {theirs[key]!r}, here {here[key]!r})" for key in _differing(theirs, here)]
-        if differing:
-            raise QATError(f"{path}: the checkpoint was saved with another configuration: {', '.join(differing)}")
-
-
-def is_site_key(key: str, state_dict: Mapping[str, Any]) -> bool:
-    """Whether an entry of a state dict is the range of a site: the only entry of its module, float32."""
-    owner = key.removesuffix("amax")
-    if not key.endswith(".amax") or getattr(state_dict[key], "dtype", None) is None:
-        return False
-    return not any(other != key and other.startswith(owner) for other in state_dict)
-
-
-def _freeze_stale_ranges(module: nn.Module, keys: Any) -> None:
+def _freeze_stale_ranges(trainer: pl.Trainer) -> Callable[..., None]:
     """A hook for checkpoints without the state of callbacks (``save_weights_only``), which do not tell of frozen ranges."""
-    if have_stale_ranges(module):
-        freeze_ranges(module, refresh=False)
+
+    def freeze(module: nn.Module, keys: Any) -> None:
+        if trainer.ckpt_path is None or not have_stale_ranges(module):
+            return
+        if CHECKPOINT_KEY not in trainer.strategy.load_checkpoint(trainer.ckpt_path):
+            freeze_ranges(module, refresh=False)
+
+    return freeze
 
 
 def _load_guard(trainer: pl.Trainer) -> Callable[..., None]:
@@ -769,6 +740,6 @@ def _load_guard(trainer: pl.Trainer) -> Callable[..., None]:
                 f"{trainer.ckpt_path}: a checkpoint of the float model. Load it into the LightningModule before fit, "
                 "without ckpt_path"
             )
-        _check_same_configs(trainer.strategy.load_checkpoint(trainer.ckpt_path), module)
+        check_same_configs(trainer.strategy.load_checkpoint(trainer.ckpt_path), module)
 
     return check

@@ -1,11 +1,21 @@
-"""Whether the file of a checkpoint is whole."""
+"""What checkpoints of quantized models hold besides weights, and whether a file is whole."""
+
+from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Mapping
+from typing import Any
 
+from torch import nn
 from torch.serialization import get_crc32_options
 
+from .config import QuantConfig
 from .errors import QATError
+from .preparation import Report, prepare, prepared_report, restore
+from .ranges import freeze_ranges, ranges_are_frozen
+
+CHECKPOINT_KEY = "qat"
 
 # The first byte of a pickle: what torch.save wrote before its files were ZIP archives.
 _PICKLE = b"\x80"
@@ -46,3 +56,121 @@ def check_intact(path: str | os.PathLike[str]) -> None:
                 raise QATError(f"{name}: damaged: the checksum of {damaged} does not match")
         elif not start.startswith(_PICKLE):
             raise QATError(f"{name}: damaged, or no checkpoint: torch.save did not write this file")
+
+
+def quantized_state(model: nn.Module) -> dict[str, Any]:
+    """All that :func:`load_quantized_state` needs to build a quantized model from the float one; for ``torch.save``.
+
+    Args:
+        model: A prepared model, or one with prepared sub-models.
+
+    Returns:
+        Tensors and plain values: ``state_dict``, and under ``qat`` the configurations by the path of the sub-model and whether
+        ranges are frozen. Checkpoints of :class:`~qat.QATCallback` hold the same.
+
+    Raises:
+        QATError: If nothing is prepared.
+    """
+    if not reports(model):
+        raise QATError("model: holds no quantizers. Run qat.prepare(model) first, or save model.state_dict()")
+    return {CHECKPOINT_KEY: settings_of(model), "state_dict": model.state_dict()}
+
+
+def load_quantized_state(model: nn.Module, saved: Mapping[str, Any], *, example_inputs: Any = None) -> None:
+    """Prepare a float model as the saved one was, in place, and load its weights and ranges.
+
+    Args:
+        model: The float model, or one that is prepared in the same way.
+        saved: What :func:`quantized_state` gave, read by ``torch.load(path, weights_only=True)``, or such a checkpoint of
+            :class:`~qat.QATCallback` with its LightningModule.
+        example_inputs: As for :func:`qat.prepare`.
+
+    Raises:
+        QATError: If ``saved`` is something else or was saved with another configuration, or if its weights do not fit. The
+            model is then as it was.
+
+    Example:
+        >>> import qat, torch
+        >>> model, other = (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2))
+        >>> _ = qat.prepare(model)
+        >>> _ = qat.calibrate(model, [torch.randn(8, 4)], progress=False)
+        >>> load_quantized_state(other, quantized_state(model))
+        >>> x = torch.randn(3, 4)
+        >>> torch.equal(model(x), other(x))
+        True
+    """
+    settings, state = (saved.get(key) if isinstance(saved, Mapping) else None for key in (CHECKPOINT_KEY, "state_dict"))
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("configs"), Mapping) or not isinstance(state, Mapping):
+        raise QATError("saved: holds no settings of quantization. Pass what quantized_state gave")
+    done: list[nn.Module] = []
+    try:
+        for path, config in settings["configs"].items():
+            part = _part(model, path)
+            if prepared_report(part) is None:
+                prepare(part, QuantConfig.from_dict(config), example_inputs=example_inputs)
+                done.append(part)
+        check_same_configs(saved, model)
+        own = model.state_dict()
+        wrong = [
+            key for key in {**own, **state} if getattr(own.get(key), "shape", None) != getattr(state.get(key), "shape", None)
+        ]
+        if wrong:
+            raise QATError(f"saved: does not fit the model: {wrong[0]} is missing, unexpected or of another shape")
+    except QATError:
+        for part in done:
+            restore(part)
+        raise
+    model.load_state_dict(state)
+    if settings.get("frozen_ranges"):
+        freeze_ranges(model, refresh=False)
+
+
+def _part(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise QATError(f"saved: holds sites of {path!r}, which the model does not have") from error
+
+
+def reports(model: nn.Module) -> dict[str, Report]:
+    """What was prepared, by its path."""
+    return {path: report for path, module in model.named_modules() if (report := prepared_report(module))}
+
+
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint keeps under ``CHECKPOINT_KEY``, as plain values."""
+    configs = {path: report.config.to_dict() for path, report in reports(model).items()}
+    return {"configs": configs, "frozen_ranges": ranges_are_frozen(model)}
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The keys under which two configurations have other values."""
+    return [key for key in a if a[key] != b[key]]
+
+
+def check_same_configs(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse a checkpoint of another configuration than the one that ``model`` is prepared with.
+
+    Raises:
+        QATError: With what differs.
+    """
+    saved = checkpoint.get(CHECKPOINT_KEY, {}).get("configs")
+    if saved is None:
+        return
+    ours = {path: report.config.to_dict() for path, report in reports(model).items()}
+    if saved.keys() != ours.keys():
+        raise QATError(f"the checkpoint holds other prepared sub-models: {list(saved)}, here {list(ours)}. Pass target=")
+    for path, settings in saved.items():
+        # Missing keys take their defaults: the checkpoint may be older than a setting.
+        theirs, here = QuantConfig.from_dict(settings).to_dict(), ours[path]
+        found = [f"{key} (checkpoint {theirs[key]!r}, here {here[key]!r})" for key in differing(theirs, here)]
+        if found:
+            raise QATError(f"{path or 'the model'}: the checkpoint was saved with another configuration: {', '.join(found)}")
+
+
+def is_site_key(key: str, state_dict: Mapping[str, Any]) -> bool:
+    """Whether an entry of a state dict is the range of a site: the only entry of its module, float32."""
+    owner = key.removesuffix("amax")
+    if not key.endswith(".amax") or getattr(state_dict[key], "dtype", None) is None:
+        return False
+    return not any(other != key and other.startswith(owner) for other in state_dict)

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 
-from .callbacks import CHECKPOINT_KEY, is_site_key, prepare_module
-from .checkpoints import check_intact
+from .callbacks import prepare_module
+from .checkpoints import CHECKPOINT_KEY, check_intact, is_site_key
 from .config import QuantConfig
 from .errors import QATError
 from .preparation import prepare
@@ -85,7 +85,8 @@ def load_from_checkpoint(
     except RuntimeError as error:
         hint = "" if saved or not sites else ". It does not hold the settings of its sites: pass config="
         raise QATError(f"{os.fspath(path)}: does not fit {module_class.__name__}{hint}: {error}") from error
-    if quantized and (checkpoint.get(CHECKPOINT_KEY, {}).get("frozen_ranges") or have_stale_ranges(module)):
+    settings = checkpoint.get(CHECKPOINT_KEY)
+    if quantized and (have_stale_ranges(module) if settings is None else settings.get("frozen_ranges")):
         freeze_ranges(module, refresh=False)
     return module
 

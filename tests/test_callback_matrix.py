@@ -72,6 +72,26 @@ class Keywords(Lit):
     test_step = validation_step
 
 
+class Manual(Lit):
+    """Steps its optimizer itself."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.model(batch[0]), batch[1]))
+        optimizer.step()
+
+
+class ByName(Lit):
+    """Its optimizer is given the parameters that the float model has."""
+
+    def configure_optimizers(self):
+        float_ones = [p for name, p in self.named_parameters() if not name.endswith("amax")]
+        return torch.optim.AdamW(float_ones, 0.01, weight_decay=0.05)
+
+
 @dataclass(frozen=True)
 class Feature:
     """What is added to a Trainer with a QATCallback."""
@@ -80,20 +100,21 @@ class Feature:
     callbacks: Any = tuple
     trainer: dict[str, Any] = field(default_factory=dict)
     callback: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
     def fit(self, folder):
         """A run without interruption, which leaves checkpoints of each epoch and of its end; returns the module."""
         module = self.module()
         keep = C.ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
         trainer = self._trainer(keep, enable_checkpointing=True)
-        trainer.fit(module, loader(False), loader(False))
+        trainer.fit(module, loader(False, **self.data), loader(False))
         trainer.save_checkpoint(folder / "end.ckpt")
         return module
 
     def resume(self, folder):
         """The module of a run that goes on behind the first epoch."""
         module = self.module()
-        self._trainer().fit(module, loader(False), loader(False), ckpt_path=folder / "epoch=0.ckpt")
+        self._trainer().fit(module, loader(False, **self.data), loader(False), ckpt_path=folder / "epoch=0.ckpt")
         return module
 
     def test(self, folder):
@@ -146,6 +167,9 @@ FEATURES = {
     "re-estimated batch norm": Feature(callback={"reestimate_bn": 2}),
     "distillation": Feature(callback={"distill_from": "float"}),
     "EMAWeightAveraging": Feature(callbacks=lambda: [C.EMAWeightAveraging(decay=0.5)]),
+    "EMAWeightAveraging that starts late": Feature(
+        callbacks=lambda: [C.EMAWeightAveraging(decay=0.5, update_starting_at_step=14)]
+    ),
     "StochasticWeightAveraging": Feature(
         callbacks=lambda: [C.StochasticWeightAveraging(0.01, swa_epoch_start=1)], callback={"freeze_bn_epoch": None}
     ),
@@ -163,6 +187,9 @@ FEATURES = {
     "configure_model": Feature(module=Late),
     "several sub-models": Feature(module=Several),
     "torch.compile": Feature(module=Compiled),
+    "manual optimization": Feature(module=Manual),
+    "an optimizer that is given no ranges": Feature(module=ByName, callback={"learn_scales": True}),
+    "persistent workers": Feature(data={"num_workers": 2, "persistent_workers": True}),
     "forward with keywords": Feature(module=Keywords, callback={"forward": lambda module, batch: module(batch[0], gain=2.0)}),
     "DDP": Distributed(),
     "DDP, learned scales that freeze": Distributed(
@@ -251,12 +278,19 @@ FINDERS = {
 }
 
 
+@pytest.mark.parametrize("options", [{}, {"distill_from": "float"}])
 @pytest.mark.parametrize("finder", FINDERS.values(), ids=FINDERS)
-def test_finders(finder, tmp_path):
+def test_finders(finder, options, tmp_path):
     lit = Found()
-    trainer = make_trainer(callback(), finder(), default_root_dir=tmp_path, epochs=1)
+    trainer = make_trainer(callback(**options), finder(), default_root_dir=tmp_path, epochs=1)
     trainer.fit(lit)
     assert {site.state for _, site in quantizers(lit)} == {State.QUANTIZING}
+
+
+def test_the_table_in_the_documentation_has_these_rows():
+    text = (Path(__file__).parent.parent / "docs" / "lightning.md").read_text(encoding="utf-8")
+    rows = text.split("| with | fit |")[1].split("\n\n")[0].splitlines()[2:]
+    assert rows == [f"| {name} | {' | '.join(['passed'] * len(COLUMNS))} |" for name in FEATURES]
 
 
 COLUMNS = ("fit", "resume", "test", "load")
