@@ -30,7 +30,8 @@ FORMATS: dict[str, dict[str, Any]] = {
     "W4A8": {"weight_format": "int4"},
     "W4A8, one weight range a tensor": {"weight_format": "int4", "weight_granularity": "tensor"},
 }
-# Arguments of QATCallback, besides those of the configuration under "config".
+# Arguments of QATCallback, besides those of the configuration under "config"; "folded" starts from a network whose batch
+# normalization torch has folded into its convolutions.
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "calibration max": {"calibration": {"method": "max"}},
@@ -39,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch norm never frozen": {"freeze_bn_epoch": None},
     "batch norm frozen from epoch 2": {"freeze_bn_epoch": 2},
     "batch norm re-estimated": {"freeze_bn_epoch": None, "reestimate_bn": 10},
+    "batch norm folded first": {"folded": True},
     "calibration entropy, batch norm frozen from epoch 2": {"calibration": {"method": "entropy"}, "freeze_bn_epoch": 2},
     "weight ranges frozen": {"config": {"weight_range": "frozen"}},
     "ranges frozen from epoch 2": {"freeze_ranges_epoch": 2},
@@ -71,6 +73,7 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
 
     import torch
     from rich.console import Console
+    from torch.fx.experimental.optimization import fuse
     from torch.nn import functional as F
 
     import qat
@@ -164,7 +167,7 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
             config = qat.QuantConfig.from_dict({**plain, **given_options.pop("config", {})})
             epochs = given_options.pop("epochs", 1) * settings.qat_epochs
             calibrate_options = given_options.pop("calibration", {})
-            start = model
+            start = fuse(copy.deepcopy(model).eval()) if given_options.pop("folded", False) else model
             if given_options.pop("rounded", False):
                 start = calibrated(config, **calibrate_options)
                 images = max(variants.ROUNDING_IMAGES // settings.batch_size, 1)
