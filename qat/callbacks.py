@@ -14,7 +14,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -120,7 +120,7 @@ class QATCallback(Callback):
             largest change of a range since ``fit`` began), these for all ``"sites"`` with the ranges themselves (the largest of
             a weight's channels), or ``None``.
         range_lr_factor: Learning rate of learned ranges, relative to that of the parameter group they would be in. They get
-            groups of their own, without weight decay.
+            groups of their own, without weight decay. Schedules with absolute rates (``eta_min``) set that of both.
 
     Raises:
         QATError: For an invalid argument. During ``setup``: when there is nothing to quantize, or for a strategy or
@@ -162,6 +162,9 @@ class QATCallback(Callback):
             self.config = (self.config or QuantConfig()).replace(learn_scales=learn_scales)
         self.calibration = dict(calibration or {})
         _check_keys("calibration", self.calibration, calibrate, ("model", "data"))
+        batches = self.calibration.get("batches")
+        if batches is not None and not (isinstance(batches, int) and batches > 0):
+            raise QATError(f"calibration: batches={batches!r}: must be a number from 1, or None for all")
         self.export = None if export is None else dict(export) if isinstance(export, Mapping) else {"path": export}
         if self.export is not None:
             _check_keys("export", self.export, export_onnx, ("model",))
@@ -195,6 +198,8 @@ class QATCallback(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare the model."""
         check_compatible(trainer, self)
+        if stage == "fit":
+            self._ranges = {}
         if not pl_module.automatic_optimization and (self.distill_from is not None or self.dampen_oscillations):
             raise QATError(
                 "distill_from, dampen_oscillations: are added to the loss of automatic optimization. In a training_step that "
@@ -206,8 +211,6 @@ class QATCallback(Callback):
         # Layers made in this hook must exist now; Lightning requires it to work when it is called again.
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
-        # Before a checkpoint is loaded: the weights are those that fit begins with.
-        original = copy.deepcopy(pl_module) if self.distill_from == "float" and stage == "fit" else None
         was_prepared = bool(reports(pl_module))
         prepare_module(pl_module, self.config, self.target)
         if stage == "fit" and not was_prepared and trainer.world_size > 1 and multiprocessing.parent_process() is not None:
@@ -217,9 +220,12 @@ class QATCallback(Callback):
                 "fit, call qat.prepare on it before, or qat.load_from_checkpoint afterwards"
             )
         if self.distill_from is not None and stage == "fit":
-            self._set_teacher(trainer, pl_module, original)
+            # Before a checkpoint is loaded: the weights are those that fit begins with.
+            self._set_teacher(trainer, pl_module)
         if self.export is not None and stage == "fit":
             self._exported(pl_module)
+        if stage == "fit" and learned_ranges(pl_module):
+            _check_order(trainer, self)
         # LightningModule.setup comes after this hook.
         self._seen = None if was_prepared or self.target else {id(layer) for layer in _layers(pl_module)}
         self._remove_load_hooks()
@@ -235,13 +241,12 @@ class QATCallback(Callback):
             self._distillation = None
         self._remove_load_hooks()
         self._last_step = None
-        self._ranges = {}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """As ``teardown``, which is not called then: the module may be used again."""
         self.teardown(trainer, pl_module, "fit")
 
-    def _set_teacher(self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: pl.LightningModule | None) -> None:
+    def _set_teacher(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         paths = list(reports(pl_module))
         if len(paths) != 1:
             raise QATError(f"distill_from: {len(paths)} prepared sub-models ({', '.join(paths)}): name one by target=")
@@ -250,14 +255,11 @@ class QATCallback(Callback):
                 "distill_from: the LightningModule is prepared as a whole, and DDP calls its training_step in the place of its "
                 "forward. Put the layers into one sub-model, as self.model"
             )
-        if original is not None:
-            teacher = float_copy(original.get_submodule(paths[0]))
-        else:
-            assert isinstance(self.distill_from, nn.Module)
-            teacher = self.distill_from
+        student = pl_module.get_submodule(paths[0])
+        teacher = self.distill_from if isinstance(self.distill_from, nn.Module) else float_copy(student)
         if self._distillation is not None:
             self._distillation.remove()
-        self._distillation = Distillation(pl_module.get_submodule(paths[0]), teacher, self.distill_loss)
+        self._distillation = Distillation(student, teacher, self.distill_loss)
         # Only in steps of training: a learning-rate finder trains without callbacks.
         self._distillation.listening = False
         self._fingerprint = self._distillation.fingerprint()
@@ -273,6 +275,9 @@ class QATCallback(Callback):
             raise QATError(
                 "export: set example_input_array in the LightningModule, or pass export={'path': ..., 'example_inputs': ...}"
             )
+        folder = Path(options["path"]).parent
+        if not folder.is_dir():
+            raise QATError(f"export: {folder} is no folder to write {Path(options['path']).name} into. Make it first")
         return pl_module.get_submodule(paths[0]), options
 
     def _remove_load_hooks(self) -> None:
@@ -300,10 +305,11 @@ class QATCallback(Callback):
                 "distill_from: the teacher is not the one that the checkpoint was trained with. Build the LightningModule with "
                 "the same float weights as then, or pass that model"
             )
-        self._ranges = dict(checkpoint.get(CHECKPOINT_KEY, {}).get("first_ranges", {}))
+        ranges = checkpoint.get(CHECKPOINT_KEY, {}).get("first_ranges", {})
+        self._ranges = move_data_to_device(dict(ranges), pl_module.device)
         # The weights and ranges are loaded already.
         if checkpoint.get(CHECKPOINT_KEY, {}).get("frozen_ranges"):
-            freeze_ranges(pl_module, refresh=False)
+            _freeze_all(trainer, pl_module, refresh=False)
 
     # Training
 
@@ -327,9 +333,8 @@ class QATCallback(Callback):
             return
         # Outside isolate_rng: the loader built here is the one that training uses, and draws what it would have drawn.
         trainer.fit_loop.setup_data()
-        # All at once, or those that nobody has calibrated before.
-        for model in [pl_module] if left == models else left:
-            self._calibrate(trainer, pl_module, model)
+        # All, or those that nobody has calibrated before; at once, as the data may be there only once.
+        self._calibrate(trainer, pl_module, pl_module if left == models else nn.ModuleList(left))
         _show_to_averages(trainer, pl_module)
 
     def _separate_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
@@ -339,22 +344,25 @@ class QATCallback(Callback):
     def _check_layers(self, pl_module: pl.LightningModule) -> None:
         if self._seen is None:
             return
+        measures = [m for m in pl_module.modules() if isinstance(m, Metric | MetricCollection)]
+        apart = {id(inner) for measure in measures for inner in measure.modules()}
         late = [
             path
             for path, module in pl_module.named_modules()
             if isinstance(module, _LAYERS)
-            and id(module) not in self._seen
+            and id(module) not in self._seen | apart
             and any(p.requires_grad for p in module.parameters())
         ]
         if late:
             raise QATError(
                 f"{late[0]} was made in LightningModule.setup, which comes after the sites and the head were chosen. Build the "
-                "layers in __init__ or configure_model"
+                "layers in __init__ or configure_model, or name the sub-model to quantize: QATCallback(target=...)"
             )
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
         options = dict(self.calibration)
-        batches = options.pop("batches", int(min(DEFAULT_BATCHES, trainer.num_training_batches)))
+        limit = trainer.num_training_batches if self.calibration_data is None else DEFAULT_BATCHES
+        batches = options.pop("batches", int(min(DEFAULT_BATCHES, limit)))
         options.setdefault("progress", trainer.progress_bar_callback is not None)
         shown = 0
 
@@ -372,12 +380,14 @@ class QATCallback(Callback):
         Returns:
             How many there were.
         """
-        loaders = CombinedLoader(trainer.train_dataloader if data is None else [], "min_size")
-        # Persistent workers have one iterator, which training may have begun.
-        loaders.flattened = [_own_iterator(loader) for loader in loaders.flattened]
+        if data is None:
+            data = CombinedLoader(trainer.train_dataloader, "min_size")
+            # Persistent workers have one iterator, which training may have begun.
+            data.flattened = [_own_iterator(loader) for loader in data.flattened]
+        combined = isinstance(data, CombinedLoader)
         count = 0
-        with isolate_rng(), keep_generators(loaders.flattened if data is None else [data]), uncompiled():
-            shown = (batch for batch, *_ in iter(loaders)) if data is None else iter(data)
+        with isolate_rng(), keep_generators(data.flattened if combined else [data]), uncompiled():
+            shown = (batch for batch, *_ in iter(data)) if combined else iter(data)
             for batch in itertools.islice(shown, batches):
                 self._run(trainer, pl_module, trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)))
                 count += 1
@@ -411,7 +421,7 @@ class QATCallback(Callback):
                 freeze_batch_norm(pl_module.get_submodule(path))
         due = self.freeze_ranges_epoch is not None and trainer.current_epoch >= self.freeze_ranges_epoch
         if due and not ranges_are_frozen(pl_module):
-            freeze_ranges(pl_module)
+            _freeze_all(trainer, pl_module, refresh=True)
 
     # Further terms of the loss
 
@@ -435,6 +445,9 @@ class QATCallback(Callback):
         if trainer.is_global_zero:
             model, options = self._exported(pl_module)
             inputs = move_data_to_device(options.pop("example_inputs"), pl_module.device)
+            if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+                # Of bf16-true: files are float32 between Q/DQ.
+                model = copy.deepcopy(model).float()
             export_onnx(model, example_inputs=inputs, **options)
         trainer.strategy.barrier("qat.export")
 
@@ -462,7 +475,7 @@ class QATCallback(Callback):
         try:
             with evaluating(pl_module), uncompiled():
                 rates = clip_rates(pl_module, lambda module: self._run(trainer, pl_module, batch))
-        except QATError as error:
+        except (QATError, TypeError) as error:
             # Nobody has run the module on a batch before if it was calibrated by hand.
             rank_zero_warn(
                 f"log_ranges: no clip rates, as the model cannot be run on a batch: {error} Or pass QATCallback(forward=...)"
@@ -495,7 +508,7 @@ class QATCallback(Callback):
         try:
             site = first_non_finite(pl_module, lambda module: self._run(trainer, pl_module, batch))
             found = f"first seen by {site}" if site else "every site saw finite values only: look at what follows the last one"
-        except QATError as error:
+        except (QATError, TypeError) as error:
             found = f"by which site first is not known ({error})"
         raise QATError(
             f"the training loss is {loss.mean().item()} in epoch {trainer.current_epoch}, {found}. "
@@ -560,6 +573,15 @@ def check_compatible(trainer: pl.Trainer, callback: QATCallback) -> None:
         elif isinstance(other, _AVERAGING) and before:
             name = type(other).__name__
             raise QATError(f"{name} copies the model before it is prepared: list QATCallback before {name}")
+
+
+def _check_order(trainer: pl.Trainer, callback: QATCallback) -> None:
+    """Refuse callbacks that keep account of parameter groups and would do so before those of ranges exist."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    late = [c for c in callbacks[callbacks.index(callback) :] if isinstance(c, BaseFinetuning)]
+    if late:
+        name = type(late[0]).__name__
+        raise QATError(f"{name} could not resume with the parameter groups of learned ranges: list it before QATCallback")
 
 
 def prepare_module(
@@ -635,7 +657,13 @@ def _find_targets(pl_module: pl.LightningModule, config: QuantConfig) -> tuple[d
     if len(trained) == 1 and not isinstance(next(iter(trained.values())), _LAYERS):
         return trained, config
     if not is_overridden("forward", pl_module):
-        return {name: module for name, module in trained.items() if not isinstance(module, _LAYERS)}, config
+        models = {name: module for name, module in trained.items() if not isinstance(module, _LAYERS)}
+        if not models:
+            raise QATError(
+                f"{type(pl_module).__name__} has layers of its own ({', '.join(trained)}) and no forward that shows how they "
+                "are used. Give it one, or put them into a sub-model"
+            )
+        return models, config
     # Several parts that one forward chains: only as a whole do they show which layer is the head.
     others = [name for name, child in pl_module.named_children() if name not in trained and _has_layers(child)]
     return {"": pl_module}, config.replace(rules=(*config.rules, *(Rule(name, quantize=False) for name in others)))
@@ -653,18 +681,35 @@ def _has_ranges(model: nn.Module) -> bool:
     return any(site.has_range for _, site in quantizers(model) if not isinstance(site, WeightQuantizer))
 
 
+def _averages(trainer: pl.Trainer) -> list[nn.Module]:
+    """The copies of the LightningModule that weight averaging has made."""
+    found = [c._average_model for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+    return [average.module for average in found if average is not None]
+
+
 def _show_to_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Give the ranges to the copies that weight averaging made before calibration: validation may run them before an update."""
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        average = other._average_model if isinstance(other, WeightAveraging) else None
-        if average is not None:
-            for (_, site), (_, twin) in zip(quantizers(pl_module), quantizers(average.module), strict=True):
-                twin.amax.data.copy_(site.amax.data)
-                # Its state dicts then hold ranges of its own weights.
-                twin.state = site.state
+    """Give the ranges to the copies that were made before calibration: validation may run them before an update."""
+    for average in _averages(trainer):
+        for (_, site), (_, twin) in zip(quantizers(pl_module), quantizers(average), strict=True):
+            twin.amax.data.copy_(site.amax.data)
+            # Its state dicts then hold ranges of its own weights.
+            twin.state = site.state
+
+
+def _freeze_all(trainer: pl.Trainer, pl_module: pl.LightningModule, *, refresh: bool) -> None:
+    """Freeze ranges of the module, and of averages as they are."""
+    freeze_ranges(pl_module, refresh=refresh)
+    for average in _averages(trainer):
+        freeze_ranges(average, refresh=False)
 
 
 def _own_iterator(loader: Any) -> Any:
+    """The loader, so that iterating over it takes nothing from training."""
+    if isinstance(loader, Iterator) or isinstance(getattr(loader, "dataset", None), Iterator):
+        raise QATError(
+            "the training data can be read only once, and calibration would take some of them. Pass "
+            "QATCallback(calibration_data=...)"
+        )
     if not isinstance(loader, DataLoader) or not loader.persistent_workers:
         return loader
     loader = copy.copy(loader)
@@ -700,7 +745,8 @@ def keep_generators(loaders: Iterable[Any]) -> Iterator[None]:
     owners = [
         owner
         for data in loaders
-        for owner in (data, getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None))
+        for sampler in (getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
+        for owner in (data, sampler, getattr(sampler, "sampler", None))
     ]
     generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
     states = [generator.get_state() for generator in generators]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import zipfile
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ def check_intact(path: str | os.PathLike[str]) -> None:
             try:
                 with zipfile.ZipFile(file) as archive:
                     damaged = archive.testzip() if get_crc32_options() else None
-            except (zipfile.BadZipFile, EOFError, OSError) as error:
+            except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError) as error:
                 raise QATError(f"{name}: damaged, perhaps cut short while it was written: {error}") from error
             if damaged is not None:
                 raise QATError(f"{name}: damaged: the checksum of {damaged} does not match")
@@ -102,7 +103,12 @@ def load_quantized_state(model: nn.Module, saved: Mapping[str, Any], *, example_
     settings, state = (saved.get(key) if isinstance(saved, Mapping) else None for key in (CHECKPOINT_KEY, "state_dict"))
     if not isinstance(settings, Mapping) or not isinstance(settings.get("configs"), Mapping) or not isinstance(state, Mapping):
         raise QATError("saved: holds no settings of quantization. Pass what quantized_state gave")
+    bad = [key for key in state if not isinstance(key, str)]
+    bad = bad or [key for key, value in state.items() if is_site_key(key, state) and not bool(value.isfinite().all())]
+    if bad:
+        raise QATError(f"saved: {bad[0]!r} is no entry of a state dict, or a range that is not finite")
     done: list[nn.Module] = []
+    before: dict[str, Any] = {}
     try:
         for path, config in settings["configs"].items():
             part = _part(model, path)
@@ -116,11 +122,18 @@ def load_quantized_state(model: nn.Module, saved: Mapping[str, Any], *, example_
         ]
         if wrong:
             raise QATError(f"saved: does not fit the model: {wrong[0]} is missing, unexpected or of another shape")
-    except QATError:
+        if not done and ranges_are_frozen(model) and not settings.get("frozen_ranges"):
+            raise QATError("model: its ranges are frozen, those of the saved one were not. Call qat.restore on it first")
+        before = copy.deepcopy(own)
+        model.load_state_dict(state)
+    except (QATError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+        if before:
+            model.load_state_dict(before)
         for part in done:
             restore(part)
-        raise
-    model.load_state_dict(state)
+        if isinstance(error, QATError):
+            raise
+        raise QATError(f"saved: does not fit the model: {error}") from error
     if settings.get("frozen_ranges"):
         freeze_ranges(model, refresh=False)
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from .callbacks import prepare_module
-from .checkpoints import CHECKPOINT_KEY, check_intact, is_site_key
+from .checkpoints import CHECKPOINT_KEY, check_intact, differing, is_site_key
 from .config import QuantConfig
 from .errors import QATError
 from .preparation import prepare
@@ -60,8 +60,10 @@ def load_from_checkpoint(
     sites = {key for key in state if is_site_key(key, state)}
     saved = checkpoint.get(CHECKPOINT_KEY, {}).get("configs")
     given = QuantConfig.from_dict(config) if isinstance(config, Mapping) else config
-    for settings in (saved or {}).values():
-        if given is not None and QuantConfig.from_dict(settings) != given:
+    for name, settings in (saved or {}).items():
+        changed = [] if given is None else differing(QuantConfig.from_dict(settings).to_dict(), given.to_dict())
+        # A whole LightningModule has rules of its own for the children that it leaves alone.
+        if changed and (name or changed != ["rules"]):
             raise QATError(f"config: {os.fspath(path)} holds its own settings, which are others. Leave config out")
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
@@ -70,7 +72,8 @@ def load_from_checkpoint(
         if not quantized:
             checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key not in sites}
         elif saved:
-            example = getattr(self, "example_input_array", None)
+            # With several sub-models, nobody knows whose it is.
+            example = getattr(self, "example_input_array", None) if len(saved) == 1 else None
             for name, settings in saved.items():
                 prepare(_child(self, name, path), QuantConfig.from_dict(settings), example_inputs=example)
         elif sites:

@@ -15,8 +15,8 @@ from .quantizer import Quantizer, State, WeightQuantizer, quantizers, watching
 
 # Marks a parameter group of ranges.
 _SEPARATE = "qat_ranges"
-# What learning-rate schedulers of torch keep for each parameter group.
-_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
+# What learning-rate schedulers of torch, and of timm (base_values), keep for each parameter group.
+_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums", "base_values")
 
 
 def freeze_ranges(model: nn.Module, *, refresh: bool = True) -> list[str]:
@@ -174,7 +174,7 @@ def _extend(scheduler: Any, position: int, *, new: bool, lr_factor: float) -> No
         values = getattr(scheduler, name, None)
         if not isinstance(values, list) or position >= len(values):
             continue
-        factor = lr_factor if name in ("base_lrs", "_last_lr", "max_lrs", "min_lrs") else None
+        factor = lr_factor if name in ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "base_values") else None
         value = values[position] if factor is None else values[position] * factor
         if new:
             values.append(value)

@@ -57,8 +57,26 @@ def make_named():
     return {"a": loader(generator=torch.Generator().manual_seed(1))}
 
 
+class OwnOrder(torch.utils.data.Sampler):
+    """Batches in an order of its own generator."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(2)
+
+    def __iter__(self):
+        return iter(torch.randperm(48, generator=self.generator).split(8))
+
+    def __len__(self):
+        return 6
+
+
+def make_batched():
+    return DataLoader(TensorDataset(IMAGES, LABELS), batch_sampler=OwnOrder())
+
+
 @pytest.mark.parametrize(
-    ("make", "options"), [(make_persistent, {}), (make_persistent, {"reestimate_bn": 2}), (make_named, {})]
+    ("make", "options"),
+    [(make_persistent, {}), (make_persistent, {"reestimate_bn": 2}), (make_named, {}), (make_batched, {"reestimate_bn": 2})],
 )
 def test_training_sees_the_batches_that_it_would_see_without_the_callback(make, options):
     def run_named(module, batch):
@@ -98,6 +116,33 @@ def test_calibration_takes_no_more_batches_than_an_epoch_is_limited_to(options, 
     cb = QATCallback(forward=run, calibration={"progress": False}, log_ranges=None)
     make_trainer(cb, **options).fit(Lit(), DataLoader(TensorDataset(IMAGES, LABELS), 1))
     assert len(calls) == expected
+
+
+def test_given_calibration_data_are_not_cut_to_an_epoch_of_training():
+    calls = []
+    cb = QATCallback(
+        forward=lambda module, batch: calls.append(1) or module(batch), log_ranges=None, calibration={"progress": False},
+        calibration_data=(IMAGES[i : i + 2] for i in range(0, 40, 2)),
+    )  # fmt: skip
+    make_trainer(cb, limit_train_batches=2).fit(Lit(), loader())
+    assert len(calls) == 20
+
+
+def test_training_data_that_can_be_read_once_need_others_to_calibrate_from():
+    def stream():
+        return iter([(IMAGES[i : i + 8], LABELS[i : i + 8]) for i in range(0, 48, 8)])
+
+    with pytest.raises(qat.QATError, match=r"read only once.*calibration_data="):
+        make_trainer(callback()).fit(Lit(), stream())
+    lit = Lit()
+    make_trainer(callback(calibration_data=[IMAGES])).fit(lit, stream())
+    assert len(lit.seen) == 6
+
+
+@pytest.mark.parametrize("batches", [0, -1, 1.5])
+def test_invalid_number_of_calibration_batches(batches):
+    with pytest.raises(qat.QATError, match=f"batches={batches}: must be a number from 1"):
+        QATCallback(calibration={"batches": batches})
 
 
 class Transferred(Lit):
@@ -179,6 +224,32 @@ class Head(Lit):
 def test_a_head_that_is_made_in_lightning_setup_is_refused():
     with pytest.raises(qat.QATError, match=r"head was made in LightningModule\.setup"):
         fit(Head(), callback())
+
+
+def test_layers_without_a_forward_that_uses_them_are_refused():
+    class Loose(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    with pytest.raises(qat.QATError, match=r"layers of its own \(a, b\) and no forward"):
+        callback().setup(make_trainer(), Loose(), "fit")
+
+
+def test_only_the_sub_models_without_ranges_are_calibrated_from_data_that_are_there_once():
+    class Three(Pair):
+        def __init__(self):
+            super().__init__()
+            self.third = make_net()
+
+        def forward(self, x):
+            return super().forward(x) + self.third(x)
+
+    lit = Three()
+    qat.prepare(lit.model)
+    qat.calibrate(lit.model, [IMAGES], progress=False)
+    fit(lit, callback(target=("model", "second", "third"), calibration_data=iter([IMAGES] * 3)))
+    assert states(lit) == {State.QUANTIZING}
 
 
 def test_a_frozen_network_may_be_made_in_lightning_setup():
@@ -289,6 +360,15 @@ def test_validation_of_an_average_that_starts_late_quantizes(tmp_path):
     assert states(loaded) == {State.QUANTIZING}
 
 
+def test_an_average_keeps_frozen_ranges(tmp_path):
+    lit = Lit()
+    cb = callback(freeze_ranges_epoch=1)
+    trainer = fit(lit, cb, C.EMAWeightAveraging(decay=0.9), checkpoints(tmp_path), epochs=3, enable_checkpointing=True)
+    loaded = qat.load_from_checkpoint(Lit, tmp_path / "epoch=2.ckpt")
+    assert torch.equal(outputs(loaded), outputs(lit))
+    assert trainer.current_epoch == 3
+
+
 def test_averaged_weights_are_exported(tmp_path):
     lit = Lit()
     lit.example_input_array = IMAGES[:1]
@@ -395,7 +475,7 @@ def test_ranges_of_a_frozen_layer_join_no_optimizer():
     assert {path.split(".")[1] for path in decays(trainer, lit)} == {"2"}
 
 
-def test_ranges_of_layers_that_another_callback_unfreezes_have_no_weight_decay():
+def test_ranges_of_layers_that_another_callback_unfreezes_have_no_weight_decay(tmp_path):
     class Parts(Lit):
         def __init__(self):
             super().__init__()
@@ -412,9 +492,16 @@ def test_ranges_of_layers_that_another_callback_unfreezes_have_no_weight_decay()
 
     lit = Parts()
     unfreeze = C.BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)
-    trainer = make_trainer(callback(learn_scales=True), unfreeze, epochs=3)
+    trainer = make_trainer(unfreeze, callback(learn_scales=True), checkpoints(tmp_path), epochs=3, enable_checkpointing=True)
     trainer.fit(lit, loader(False))
     assert decays(trainer, lit) == {path: 0.0 for path, _ in quantizers(lit)}
+    # To the bit it does not resume a float model either: the rate that it gives the backbone starts again.
+    resumed, unfreeze = Parts(), C.BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3)
+    trainer = make_trainer(unfreeze, callback(learn_scales=True), epochs=3)
+    trainer.fit(resumed, loader(False), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert decays(trainer, resumed) == {path: 0.0 for path, _ in quantizers(resumed)}
+    with pytest.raises(qat.QATError, match=r"BackboneFinetuning could not resume.*list it before QATCallback"):
+        make_trainer(callback(learn_scales=True), unfreeze).fit(Parts(), loader(False))
 
 
 class Manual(Lit):
@@ -437,6 +524,24 @@ def test_manual_optimization():
 def test_what_is_added_to_the_loss_needs_automatic_optimization(options):
     with pytest.raises(qat.QATError, match="manual_backward itself, add"):
         fit(Manual(), callback(**options))
+
+
+def test_a_model_in_half_precision_is_exported_in_single(tmp_path):
+    lit = Lit()
+    lit.example_input_array = IMAGES[:1]
+    fit(lit, callback(export=tmp_path / "model.onnx"), precision="bf16-true")
+    session = open_as_written(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: IMAGES.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), outputs(copy.deepcopy(lit.model).float()), rtol=0, atol=1e-6)
+    assert next(lit.model.parameters()).dtype == torch.bfloat16
+
+
+def test_a_missing_folder_is_said_before_training(tmp_path):
+    lit = Lit()
+    lit.example_input_array = IMAGES[:1]
+    with pytest.raises(qat.QATError, match=r"is no folder to write model\.onnx into"):
+        fit(lit, callback(export=tmp_path / "missing" / "model.onnx"))
+    assert not lit.seen
 
 
 @pytest.mark.parametrize("kind", [BitsandbytesPrecision, TransformerEnginePrecision])

@@ -70,6 +70,11 @@ def smaller(saved):
     return saved
 
 
+def with_value(saved, key, value):
+    saved["state_dict"][key] = value
+    return saved
+
+
 def without(saved, key):
     del saved["state_dict"][key]
     return saved
@@ -80,6 +85,13 @@ REFUSED = {
     "weights alone": (lambda saved: saved["state_dict"], "holds no settings of quantization"),
     "another shape": (smaller, r"0\.weight is missing, unexpected or of another shape"),
     "a missing range": (lambda saved: without(saved, "0.input_quantizer.amax"), r"0\.input_quantizer\.amax is missing"),
+    "a range that is not finite": (
+        lambda saved: with_value(saved, "0.input_quantizer.amax", torch.tensor(float("nan"))),
+        "finite",
+    ),
+    "a key that is no name": (lambda saved: with_value(saved, 3, torch.ones(1)), "3 is no entry"),
+    "a value that is no tensor": (lambda saved: with_value(saved, "0.weight", "x"), r"0\.weight is missing"),
+    "a sparse tensor": (lambda saved: with_value(saved, "0.bias", torch.zeros(8).to_sparse()), "does not fit the model"),
     "another module": (lambda saved: saved["qat"]["configs"].update(head={}) or saved, "holds sites of 'head'"),
     "an unknown setting": (lambda saved: saved["qat"]["configs"][""].update(bits=3) or saved, "bits"),
 }
@@ -95,6 +107,13 @@ def test_what_does_not_fit_changes_nothing(change, message):
     assert not is_prepared(other)
     assert before.keys() == other.state_dict().keys()
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+def test_frozen_ranges_do_not_take_those_that_move():
+    other = trained()
+    freeze_ranges(other)
+    with pytest.raises(qat.QATError, match=r"its ranges are frozen.*qat\.restore"):
+        load_quantized_state(other, quantized_state(trained()))
 
 
 def test_another_configuration_is_refused():

@@ -124,9 +124,11 @@ def finished(path: Path, settings: RecipeSettings, seed: int) -> dict[str, Any] 
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        return None
     ignored = ("seed", "seeds", "out", "results_row")
     ours, theirs = ({k: v for k, v in s.items() if k not in ignored} for s in (settings.to_dict(), found["settings"]))
-    return found if found["seed"] == seed and ours == theirs else None
+    return found if found.get("seed") == seed and ours == theirs else None
 
 
 def origin(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def open_run(folder: str | Path, *, images: int | None = None, data_dir: str | N
         raise QATError(f"images={images}: must be positive")
     metrics = _read_metrics(folder / "metrics.json")
     if "settings" not in metrics and "seeds" in metrics:
-        seeds = [folder / f"seed{seed}" for seed in metrics["seeds"]] if isinstance(metrics["seeds"], list) else [folder]
-        raise QATError(f"{folder}: holds several runs. Pass one of them, such as {seeds[0]}")
+        seeds = metrics["seeds"] if isinstance(metrics["seeds"], list) else []
+        raise QATError(f"{folder}: holds several runs. Pass one of them, such as {folder / f'seed{(seeds or [0])[0]}'}")
     if not isinstance(metrics.get("settings"), dict) or not isinstance(metrics.get("results"), dict):
         raise QATError(f"{folder / 'metrics.json'}: has no settings and results. {_WROTE}")
     if metrics.get("recipe") == "detection":

@@ -55,7 +55,7 @@ def _table(path: Path, results: Mapping[str, Any]) -> ResultTable:
     try:
         found = [Detected(**figures) for figures in results.values()]
         return ResultTable({r.label: _row(r) for r in found}, "ONNX files")
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise QATError(f"{path}: damaged, its results are not those of a recipe: {error}") from error
 
 
