@@ -7,7 +7,6 @@ import inspect
 import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +34,7 @@ from .config import QuantConfig, Rule
 from .distillation import Distillation, float_copy
 from .errors import QATError
 from .export import export_onnx
-from .modes import evaluating, uncompiled
+from .modes import evaluating, keep_generators, uncompiled
 from .nn.attention import QuantAttention
 from .nn.layers import QUANTIZABLE
 from .nonfinite import first_non_finite
@@ -737,24 +736,6 @@ def run_module(pl_module: pl.LightningModule, batch: Any) -> None:
         name = type(pl_module).__name__
         raise QATError(f"{name} has no forward and {len(models)} prepared sub-models: pass QATCallback(forward=...)")
     run_batch(models[0], batch, None)
-
-
-@contextmanager
-def keep_generators(loaders: Iterable[Any]) -> Iterator[None]:
-    """Restore, on leaving, the random generators that loaders and their samplers were given."""
-    owners = [
-        owner
-        for data in loaders
-        for sampler in (getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
-        for owner in (data, sampler, getattr(sampler, "sampler", None))
-    ]
-    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 def _freeze_stale_ranges(trainer: pl.Trainer) -> Callable[..., None]:

@@ -188,7 +188,9 @@ class QuantConfig:
 
         try:
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            raise QATError(f"{path}: cannot be read: {error}") from error
+        except (yaml.YAMLError, RecursionError) as error:
             raise QATError(f"{path}: not valid YAML: {error}") from error
         return cls.from_dict({} if settings is None else settings)
 

@@ -27,3 +27,10 @@ def tensors(tree: Any) -> list[torch.Tensor]:
     """All tensors in nested tuples, lists, mappings and dataclass-like objects, in order."""
     leaves, _ = torch.utils._pytree.tree_flatten(tree)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def output_tensors(tree: Any) -> list[torch.Tensor]:
+    """The tensors of an output, in order."""
+    found = tensors(tree)
+    # An output object that is no registered container: its attributes.
+    return found if found or not hasattr(tree, "__dict__") else tensors(vars(tree))

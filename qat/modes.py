@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
@@ -45,3 +45,21 @@ def isolated_random(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def keep_generators(loaders: Iterable[Any]) -> Iterator[None]:
+    """Restore, on leaving, the random generators that loaders and their samplers were given."""
+    owners = [
+        owner
+        for data in loaders
+        for sampler in (getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
+        for owner in (data, sampler, getattr(sampler, "sampler", None))
+    ]
+    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import qat
 from qat import analysis
 from qat.analysis.layers import quantized_layers, switching
-from qat.quantizer import State, quantizers
+from qat.quantizer import State, quantizers, switched_off
 from qat.tensorrt import Inspection
 from qat.tensorrt.layers import EngineLayer
 
@@ -585,3 +585,93 @@ def test_results_print_every_path_and_give_json(result):
     found = result(made(), [images()])
     assert "body.conv1" in str(found)
     assert json.loads(found.to_json()) == found.to_dict()
+
+
+class Gated(nn.Module):
+    """Its gate is computed from a mean, whose quantizer the product shares."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.reduce, self.expand, self.b = (
+            nn.Conv2d(3, 16, 3),
+            nn.Conv2d(16, 4, 1),
+            nn.Conv2d(4, 16, 1),
+            nn.Conv2d(16, 8, 1),
+        )
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.silu(self.a(x))
+        gate = self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True))))
+        return self.fc(self.b(x * gate.sigmoid()).flatten(2).amax(2))
+
+
+def test_a_mean_that_shares_its_quantizer_with_a_gate_is_told_apart():
+    torch.manual_seed(0)
+    model, batch = Gated().eval(), torch.randn(64, 3, 10, 10)
+    qat.prepare(model, example_inputs=batch)
+    qat.calibrate(model, [batch], progress=False)
+    assert model.quant_mul0.a_quantizer is model.quant_mean0
+    exact = {layer.path: layer.value for layer in analysis.sensitivity(model, [batch]).layers}
+    estimated = {layer.path: layer.value for layer in analysis.estimate_sensitivity(model, [batch], draws=64).layers}
+    assert estimated == {path: pytest.approx(value, rel=0.1) for path, value in exact.items()}
+    # What the mean reads, quantized by hand.
+    seen = []
+    handle = model.quant_mean0.register_forward_pre_hook(lambda site, args: seen.append(args[0].clone()))
+    with switched_off(model), torch.no_grad():
+        model(batch)
+    handle.remove()
+    (errors,) = [e for e in analysis.layer_errors(model, [batch]).layers if e.path == "quant_mean0"]
+    assert errors.sqnr == pytest.approx(sqnr(seen[0], qat.fake_quantize(seen[0], model.quant_mean0.scale)), abs=1e-3)
+
+
+class InPlace(nn.Module):
+    """Normalizes what it is given in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+
+    def forward(self, x):
+        return self.net(x.sub_(0.5).mul_(0.3))
+
+
+def test_a_model_that_changes_its_input_in_place_is_analysed_as_any_other():
+    torch.manual_seed(0)
+    model, batch = InPlace().eval(), torch.rand(16, 3, 8, 8) + 1
+    given = batch.clone()
+    qat.prepare(model, example_inputs=batch.clone())
+    qat.calibrate(model, [batch.clone()], progress=False)
+    found = [analysis.sensitivity(model, [batch], switch=switch) for switch in ("on", "off")]
+    errors = analysis.layer_errors(model, [batch])
+    assert torch.equal(batch, given)
+    with torch.no_grad():
+        quantized = model(batch.clone())
+        with switched_off(model):
+            reference = model(batch.clone())
+    assert errors.output_sqnr == pytest.approx(sqnr(reference, quantized), abs=1e-3)
+    assert all(layer.value < 1e-3 for result in found for layer in result.layers)
+
+
+def test_outputs_that_quantization_does_not_reach_count_in_an_estimate_as_in_the_value():
+    class Passes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return x, self.b(self.a(x)), x + 1
+
+    torch.manual_seed(0)
+    model, batch = Passes().eval(), torch.randn(64, 3, 8, 8)
+    qat.prepare(model, NO_HEAD, example_inputs=batch)
+    qat.calibrate(model, [batch], progress=False)
+    exact = {layer.path: layer.value for layer in analysis.sensitivity(model, [batch]).layers}
+    estimated = {layer.path: layer.value for layer in analysis.estimate_sensitivity(model, [batch], draws=64).layers}
+    assert estimated == {path: pytest.approx(value, rel=0.1) for path, value in exact.items()}
+
+
+def test_a_learned_range_has_no_sign():
+    before, after = {"a.amax": torch.tensor(-2.0)}, {"a.amax": torch.tensor(3.0)}
+    (moved,) = analysis.compare(before, after).ranges
+    assert (moved.smallest, moved.largest) == (1.5, 1.5)

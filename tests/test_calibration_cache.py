@@ -169,3 +169,17 @@ def test_a_float_model_is_refused(tmp_path):
     with pytest.raises(QATError, match="not prepared"):
         tensor_names(model, onnx_path, images())
     assert not is_prepared(model)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), -1.0, 1e38])
+def test_a_scale_that_gives_no_range_is_named_and_nothing_changes(tmp_path, scale):
+    onnx_path = export("qat", tmp_path / "float.onnx")
+    qat.prepare(model := net())
+    before = snapshot(model)
+    named = tensor_names(model, onnx_path, images())
+    scales = {found[0]: 0.1 for found in named.values()}
+    tensor, *_ = list(named.values())[-1]
+    with pytest.raises(QATError, match=rf"the scale of {tensor} in cache gives no finite range"):
+        load_calibration_cache(model, {**scales, tensor: scale}, onnx_path, images())
+    assert snapshot(model) == before
+    assert not any(quantizer.has_range for _, quantizer in quantizers(model))

@@ -246,3 +246,14 @@ def test_written_file_is_ordinary_yaml(tmp_path):
     loaded = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert loaded["head"] == ["fc", "aux.*"]
     assert next(iter(loaded)) == "weight_format"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(QATError, match=r"missing\.yaml: cannot be read"):
+        QuantConfig.from_yaml(tmp_path / "missing.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(QATError, match=r"binary\.yaml: cannot be read"):
+        QuantConfig.from_yaml(tmp_path / "binary.yaml")
+    (tmp_path / "deep.yaml").write_text("[" * 20000)
+    with pytest.raises(QATError, match=r"deep\.yaml: not valid YAML"):
+        QuantConfig.from_yaml(tmp_path / "deep.yaml")

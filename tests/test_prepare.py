@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 
 import pytest
 import torch
@@ -499,3 +500,13 @@ def test_report_names_the_model_itself():
     report = qat.prepare(scope["Net"]())
     assert [item.path for item in report.left] == ["b", ""]
     assert "(the model)" in str(report)
+
+
+def test_nested_containers_take_no_time():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    for _ in range(25):
+        model = nn.Sequential(model)
+    begin = time.perf_counter()
+    qat.prepare(model, qat.QuantConfig(head=()))
+    # With a doubling at each level it would be some minutes.
+    assert time.perf_counter() - begin < 20

@@ -780,3 +780,17 @@ def test_without_a_gpu_nothing_is_measured_and_the_title_says_so(engines):
     assert "there is no GPU here" in found["title"]
     assert {row["ms"] for row in found["results"].values()} == {None}
     assert {row["top1"] for row in found["results"].values()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_decay": -1.0}, r"weight_decay=-1\.0: must be 0 or more"),
+        ({"lr": float("inf")}, "lr=inf: must be positive"),
+        ({"seeds": (0, 0)}, "seeds: 0, 0: must be different"),
+        ({"seed": -1}, "seeds: -1: must be different numbers from 0"),
+    ],
+)
+def test_values_outside_their_limits_are_refused(changes, message):
+    with pytest.raises(QATError, match=message):
+        ResNetSettings(**changes)

@@ -441,3 +441,87 @@ def test_a_model_without_ranges_is_refused(helper):
 def test_impossible_steps_are_refused(steps):
     with pytest.raises(qat.QATError, match="steps="):
         qat.round_weights(quantized(Bodies), batches(), steps=steps)
+
+
+class Narrow(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, channels, 3), nn.Conv2d(channels, 4, 3)
+
+    def forward(self, x):
+        return self.b(F.relu6(self.a(x)))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_few_channels_in_front_of_a_clipping_activation_are_left(channels):
+    torch.manual_seed(0)
+    model = Narrow(channels).eval()
+    with torch.no_grad():
+        model.a.bias.fill_(5)  # some values are clipped, others not
+    assert not qat.equalize(model, pixels(4, 3, 8, 8)).pairs
+
+
+def test_outputs_in_an_object_are_looked_at():
+    class Features:
+        def __init__(self, found):
+            self.found = found
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            y = F.relu(self.a(x))
+            self.b(y)
+            return Features(y)
+
+    model = Model().eval()
+    assert not qat.equalize(model, pixels(2, 3, 8, 8)).pairs
+
+
+def test_inputs_that_show_nothing_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.SiLU(), nn.Conv2d(8, 4, 3, bias=False)).eval()
+    with pytest.raises(qat.QATError, match="only zeros, by which scaling could be checked"):
+        qat.equalize(model, torch.zeros(1, 3, 8, 8))
+
+
+class Once:
+    """Looks like a loader, and gives its batches once."""
+
+    def __init__(self, batches):
+        self._batches = iter(batches)
+
+    def __iter__(self):
+        return self._batches
+
+
+@pytest.mark.parametrize("helper", [qat.correct_biases, functools.partial(qat.round_weights, steps=2)])
+def test_data_that_are_there_once_are_refused_and_change_nothing(helper):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    data = [pixels(4, 3, 8, 8, seed=seed) for seed in range(5)]
+    qat.prepare(model, qat.QuantConfig(head=()))
+    qat.calibrate(model, data, progress=False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(qat.QATError, match=r"data: gave \d batches, and then \d"):
+        helper(model, Once(data), progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_loader_that_shuffles_by_its_own_generator_shows_every_pass_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    images = torch.cat([(1 + seed) * pixels(4, 3, 8, 8, seed=seed) for seed in range(8)])
+    qat.prepare(model, qat.QuantConfig(head=()))
+    qat.calibrate(model, [images], progress=False)
+    generator = torch.Generator().manual_seed(0)
+    loader = torch.utils.data.DataLoader(images, 8, shuffle=True, generator=generator)
+    state = generator.get_state()
+    one_list = [batch.clone() for batch in itertools.islice(loader, 2)]
+    generator.set_state(state)
+    models = copy.deepcopy(model), copy.deepcopy(model)
+    qat.correct_biases(models[0], loader, batches=2, progress=False)
+    qat.correct_biases(models[1], one_list, progress=False)
+    assert torch.equal(generator.get_state(), state)
+    assert all(torch.equal(value, models[1].state_dict()[name]) for name, value in models[0].state_dict().items())

@@ -63,27 +63,31 @@ def _batch(bench: Bench, batch: Any, draws: int, generator: torch.Generator) -> 
         def mark(tensor: Any) -> Any:
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 return tensor
-            point = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-            points.append((layer.path, point, changed.pop(0).sub_(point.detach())))
+            # What a pooling reads is in float the tensor that others read, too: the change goes through the pooling alone.
+            shared = layer.kind == "pool"
+            point = tensor.clone() if shared and tensor.requires_grad else tensor
+            point = point if point.requires_grad else point.detach().requires_grad_()
+            points.append((layer.path, point, changed.pop(0) - point.detach()))
             # A copy goes on: what follows may change it in place.
             return point.clone()
 
         return torch.utils._pytree.tree_map(mark, out)
 
     with torch.enable_grad(), bench.watching(look):
-        outputs = [out for out in floats(bench.run(batch, ())) if out.requires_grad]
+        every = floats(bench.run(batch, ()))
+    outputs = [out for out in every if out.requires_grad]
     if not outputs:
         raise QATError(
             "model: no output depends on a quantized layer by a gradient. Use qat.analysis.sensitivity, in a report exact=True"
         )
-    weights = [1 / (out.detach().double().square().sum() * len(outputs)).sqrt() for out in outputs]
+    weights = [1 / (out.detach().double().square().sum() * len(every)).sqrt() for out in outputs]
     totals: dict[str, Tensor] = {}
     for draw in range(draws):
         directions = [_signs(out, generator) * weight.to(out.dtype) for out, weight in zip(outputs, weights, strict=True)]
         grads = torch.autograd.grad(
             outputs, [point for _, point, _ in points], directions, retain_graph=draw + 1 < draws, allow_unused=True
         )
-        for path, value in _projections(points, grads, len(outputs[0])).items():
+        for path, value in _projections(points, grads, len(outputs[0]) if outputs[0].ndim else 1).items():
             totals[path] = totals.get(path, 0) + value.square().sum() / draws
     return totals
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..calibration.batches import run_batch
 from ..errors import QATError
@@ -98,6 +99,10 @@ class Switches:
         """Forward hook of a layer."""
         self._running.pop()
 
+    def within_another(self, layer: Layer) -> bool:
+        """Whether what runs of ``layer``, a pooling, is its quantizer inside of a layer that shares it."""
+        return bool(self._running) and self._running[-1] is not layer and layer.module in self._running[-1].sites
+
     def reach(self, site: Quantizer, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of a site."""
         owner = self._running[-1] if self._running else None
@@ -147,7 +152,8 @@ def running(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Any], Any]]
     tensor = next(chain(inner.parameters(), inner.buffers()), None)
     device = None if tensor is None else tensor.device
     with evaluating(inner), isolated_random(inner), torch.no_grad(), uncompiled():
-        yield inner, lambda batch: run_batch(inner, batch, device)
+        # Copies, as a model may change its input in place, and sees each batch several times.
+        yield inner, lambda batch: run_batch(inner, tree_map_only(Tensor, Tensor.clone, batch), device)
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ class Bench:
 
         def hook(layer: Layer, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
             nonlocal inside
-            if inside:
+            if inside or self.switches.within_another(layer):
                 return None
 
             def alone() -> Any:

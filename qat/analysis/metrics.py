@@ -11,17 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import QATError
-from ..inputs import tensors
+from ..inputs import output_tensors
 
 # ``metric(outputs, reference, batch)``: outputs of the model as it is and in float, and the batch. Lower is better.
 Metric = Callable[[Any, Any, Any], Tensor | float]
-
-
-def output_tensors(tree: Any) -> list[Tensor]:
-    """The tensors of an output, in order."""
-    found = tensors(tree)
-    # An output object that is no registered container: its attributes.
-    return found if found or not hasattr(tree, "__dict__") else tensors(vars(tree))
 
 
 def floats(tree: Any) -> list[Tensor]:

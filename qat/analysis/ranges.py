@@ -205,8 +205,10 @@ def compare(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Change
             raise QATError(f"{name}: shape {tuple(old.shape)} before, {tuple(new.shape)} after. Pass states of one model")
         new = new.to(old.device)
         if name.rpartition(".")[2] == "amax":
+            # The sign of a learned range has no meaning.
+            old, new = old.double().abs(), new.double().abs()
             if bool((old > 0).all() & (new > 0).all()):
-                ratio = new.double() / old.double()
+                ratio = new / old
                 moved.append(RangeChange(name.removesuffix("amax").removesuffix("."), float(ratio.min()), float(ratio.max())))
         elif old.ndim > 1:
             distance = Distance()

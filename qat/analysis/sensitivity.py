@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import QATError
+from ..inputs import output_tensors
 from .layers import Bench, analysing, each_batch
-from .metrics import Mean, Metric, output_tensors, relative_error
+from .metrics import Mean, Metric, relative_error
 from .replay import Recording
 from .report import TITLES, Sensitivity, ranked
 

@@ -22,7 +22,7 @@ from ..errors import QATError
 from ..inputs import call
 from ..modes import evaluating, uncompiled
 from ..preparation import prepared_report
-from ..quantizer import Quantizer, WeightQuantizer, quantizers, switched_off, watching
+from ..quantizer import Quantizer, WeightQuantizer, quantizers, set_ranges, switched_off, watching
 from ..tensorrt.calibrators import CACHE_HEADER
 from ..tensorrt.files import read_whole
 from .fit import smallest_range
@@ -157,10 +157,14 @@ def load_calibration_cache(
             f"{os.fspath(onnx_path)!r} with the model's weights; for tensors that TensorRT fused before calibrating, prepare "
             "without the site: QuantConfig(add_inputs='residual'), or a rule"
         )
-    for path, found_range in ranges.items():
-        site = model.get_submodule(path)
-        assert isinstance(site, Quantizer)
-        site.set_range(found_range.to(site.amax.device))
+    damaged = [path for path, amax in ranges.items() if not bool((amax.isfinite() & (amax >= 0)).all())]
+    if damaged:
+        path = damaged[0]
+        raise QATError(
+            f"{path}: the scale of {taken.get(path, 'its weight')} in {where} gives no finite range. Calibrate again"
+        )
+    sites = {path: model.get_submodule(path) for path in ranges}
+    set_ranges({site: ranges[p].to(site.amax.device) for p, site in sites.items() if isinstance(site, Quantizer)})
     unset = tuple(path for path, site in quantizers(model) if not site.has_range)
     return Imported(report, taken, unset, tuple(notes))
 

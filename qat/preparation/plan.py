@@ -288,6 +288,8 @@ class _Readers:
     def __init__(self, plan: Plan, flow: Flow) -> None:
         self.flow = flow
         self.expressions: dict[tuple[str, fx.Node], list[Slot]] = {}
+        # Each graph of a container asks again: without this, the time doubles with each level of nesting.
+        self._found: dict[tuple[str, fx.Node], list[Slot]] = {}
         for item in (*plan.adds, *plan.gates, *plan.pool_calls):
             whats = ("a", "b") if len(item.inputs) == 2 else ("input",)
             for operands in item.located.operands:
@@ -298,6 +300,11 @@ class _Readers:
 
     def of(self, trace: Trace, node: fx.Node) -> list[Slot]:
         """The slots that read ``node``."""
+        if (trace.path, node) not in self._found:
+            self._found[trace.path, node] = self._readers(trace, node)
+        return self._found[trace.path, node]
+
+    def _readers(self, trace: Trace, node: fx.Node) -> list[Slot]:
         found = list(self.expressions.get((trace.path, node), ()))
         for user in node.users:
             if user.op != "call_module":
@@ -312,4 +319,4 @@ class _Readers:
                 for placeholder in graph.nodes:
                     if placeholder.op == "placeholder" and str(placeholder.target).lstrip("*") in names:
                         found += self.of(inner, placeholder)
-        return found
+        return list(dict.fromkeys(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, field, fields
 from typing import Any, ClassVar, TypeVar, get_type_hints
@@ -32,8 +33,13 @@ class RecipeSettings:
             value, choices = getattr(self, item.name), item.metadata.get("choices")
             if choices and value not in choices:
                 raise QATError(f"{item.name}={value!r}: choose one of {', '.join(choices)}")
-            if item.metadata.get("positive") and value is not None and not value > 0:
+            if item.metadata.get("positive") and value is not None and not (value > 0 and math.isfinite(value)):
                 raise QATError(f"{item.name}={value!r}: must be positive")
+            if isinstance(value, float) and not value >= 0:
+                raise QATError(f"{item.name}={value!r}: must be 0 or more")
+        seeds = self.all_seeds()
+        if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+            raise QATError(f"seeds: {', '.join(map(str, seeds))}: must be different numbers from 0")
 
     def all_seeds(self) -> tuple[int, ...]:
         """The seeds to run."""

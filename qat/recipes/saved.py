@@ -102,7 +102,7 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise QATError(f"{path}: cannot be read: {error.strerror}. {_WROTE}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QATError(f"{path}: damaged: {error}. {_WROTE}") from error
     if not isinstance(found, dict):
         raise QATError(f"{path}: holds no settings. {_WROTE}")
@@ -147,7 +147,7 @@ def _tables(path: Path, metrics: Mapping[str, Any], settings: ClassifierSettings
         if engines is not None:
             rows = {r.label: _engine_row(r, settings.engine_batch) for r in built}
             tables.append(ResultTable(rows, str(engines["title"]), "engine"))
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, IndexError) as error:
         raise QATError(f"{path}: damaged, its results are not those of a recipe: {error}") from error
     return tables
 

@@ -129,7 +129,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise QATError(f"config={str(path)!r}: {error}") from error
     if not isinstance(values, dict):
         raise QATError(f"config={str(path)!r}: must hold settings, 'name: value' a line")

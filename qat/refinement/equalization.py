@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..errors import QATError
-from ..inputs import call, tensors
+from ..inputs import call, output_tensors
 from ..modes import evaluating, uncompiled
 from ..nn.layers import is_conv_transposed, is_quantizable
 from ..preparation.check import check_model
@@ -152,6 +152,8 @@ def equalize(model: nn.Module, example_inputs: Any) -> Equalization:
             raise QATError(
                 "model: gives other outputs for the same inputs, so no scaling can be checked. Remove what is random"
             )
+        if not any(t.numel() and bool(t.any()) for t in reference[""]):
+            raise QATError("example_inputs: the model gives no tensor, or only zeros, by which scaling could be checked")
         candidates, left = _candidates(model, wiring)
         with unchanged_on_failure(t for scaling in candidates for t in scaling.tensors):
             scalings = _invariant(model, candidates, example_inputs, reference)
@@ -325,7 +327,7 @@ def _outputs(model: nn.Module, inputs: Any) -> Outputs:
     finally:
         for handle in handles:
             handle.remove()
-    found[""] = found.get("", []) + [t.clone() for t in tensors(out)]
+    found[""] = found.get("", []) + [t.clone() for t in output_tensors(out)]
     return found
 
 
@@ -341,17 +343,20 @@ def _invariant(model: nn.Module, scalings: Sequence[_Rows | _Pair], inputs: Any,
     """Those scalings that leave all outputs as they are, found by trying all at once, then halves of what failed."""
     if not scalings:
         return []
-    generator = torch.Generator().manual_seed(0)
     before = [(t, t.clone()) for scaling in scalings for t in scaling.tensors]
-    try:
-        for scaling in scalings:
-            t = scaling.tensors[0]
-            exponents = torch.randint(-_TRIAL_EXPONENT, _TRIAL_EXPONENT + 1, t.shape[:1], generator=generator)
-            scaling.try_scale(exponents.double().exp2().to(t.device))
-        unchanged = _equal(_outputs(model, inputs), reference, {scaling.changed for scaling in scalings})
-    finally:
-        for t, value in before:
-            t.copy_(value)
+    unchanged = True
+    # Up and down: of few channels, all might move away from where an activation clips.
+    for sign in (1, -1):
+        generator = torch.Generator().manual_seed(0)
+        try:
+            for scaling in scalings:
+                t = scaling.tensors[0]
+                exponents = torch.randint(-_TRIAL_EXPONENT, _TRIAL_EXPONENT + 1, t.shape[:1], generator=generator)
+                scaling.try_scale((sign * exponents.double()).exp2().to(t.device))
+            unchanged = unchanged and _equal(_outputs(model, inputs), reference, {scaling.changed for scaling in scalings})
+        finally:
+            for t, value in before:
+                t.copy_(value)
     if unchanged:
         return list(scalings)
     if len(scalings) == 1:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..calibration.batches import run_batch
 from ..calibration.collect import check_data
 from ..errors import QATError
-from ..modes import evaluating, isolated_random, uncompiled
+from ..modes import evaluating, isolated_random, keep_generators, uncompiled
 from ..nn.layers import QuantLayer
 from ..preparation.check import check_model
 from ..quantizer import Quantizer, State, WeightQuantizer, quantizers, switched_off
@@ -52,13 +53,14 @@ class Passes:
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise QATError("model: each process would change it by its own data. Run this in one process and save the model")
         self._model, self._data, self._batches = model, data, batches
+        self._count: int | None = None
         first = next(iter(self._each()), None)
         if first is None:
             raise QATError("data: the loader is empty")
         self.wiring: Wiring = observe_wiring(model, lambda m: self.run(m, first))
 
     def _each(self) -> Iterator[Any]:
-        with isolated_random(self._model):
+        with isolated_random(self._model), keep_generators([self._data]):
             yield from islice(self._data, self._batches)
 
     def layers(self) -> dict[str, QuantLayer]:
@@ -74,7 +76,8 @@ class Passes:
         """Run ``model`` on one batch, in evaluation mode and without gradients."""
         tensor = next(chain(model.parameters(), model.buffers()), None)
         with evaluating(model), torch.no_grad(), uncompiled():
-            run_batch(model, batch, None if tensor is None else tensor.device)
+            # A copy, as a model may change its input in place, and others are to see the same.
+            run_batch(model, tree_map_only(Tensor, Tensor.clone, batch), None if tensor is None else tensor.device)
 
     def each(self, *models: nn.Module, until: str | None = None) -> Iterator[None]:
         """Run the models on each batch, and yield after each.
@@ -82,12 +85,22 @@ class Passes:
         Args:
             models: Run one after another on the same batch.
             until: Path of a layer after whose last call a run may stop.
+
+        Raises:
+            QATError: For data that give another number of batches than in the first pass.
         """
+        count = 0
         for batch in self._each():
             for model in models:
                 with _stopping(model, until, self.wiring):
                     self.run(model, batch)
+            count += 1
             yield
+        self._count = count if self._count is None else self._count
+        if count != self._count or not count:
+            raise QATError(
+                f"data: gave {self._count} batches, and then {count}; pass a loader or a list, which gives them again"
+            )
 
 
 @contextmanager
