@@ -111,10 +111,11 @@ def mixed_precision(
     float, the one returned included. This is a greedy search: a smaller set may exist. With ``latency`` alone, the layers that
     fit are taken in the order of the ranking.
 
-    Nothing is changed: prepare a float model with ``QuantConfig(rules=result.rules)``. It has the value that was evaluated,
-    unless all layers that feed an Add, a gate or a pooling are left in float: ``qat.prepare`` then places no site there either
-    (and refuses a rule for it as one that matches nothing: leave that one out, and evaluate the prepared model). Of several Adds, gates or poolings in the forward of one
-    module none is chosen: they are numbered, so that a rule may mean another one once such a site is gone.
+    Nothing is changed: prepare a float model with ``QuantConfig(rules=result.rules)``. It has the value that was
+    evaluated, unless all layers that feed an Add, a gate or a pooling are left in float: ``qat.prepare`` then places no
+    site there either (and refuses a rule for it as one that matches nothing: leave that one out, and evaluate the
+    prepared model). Of several Adds, gates or poolings in the forward of one module none is chosen: they are numbered, so
+    that a rule may mean another one once such a site is gone.
 
     Args:
         model: Prepared and calibrated. Sites that are off stay off.
