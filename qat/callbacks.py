@@ -29,7 +29,7 @@ from torchmetrics import Metric, MetricCollection
 from .batchnorm import freeze_batch_norm, reestimate_batch_norm
 from .calibration import calibrate
 from .calibration.batches import run_batch
-from .checkpoints import CHECKPOINT_KEY, check_intact, check_same_configs, differing, is_site_key, reports, settings_of
+from .checkpoints import CHECKPOINT_KEY, changed_settings, check_intact, check_same_configs, is_site_key, reports, settings_of
 from .config import QuantConfig, Rule
 from .distillation import Distillation, float_copy
 from .errors import QATError
@@ -621,9 +621,8 @@ def prepare_module(
 
 def _check_unchanged(reports: Mapping[str, Report], config: QuantConfig) -> None:
     for path, report in reports.items():
-        changed = differing(report.config.to_dict(), config.to_dict())
-        # A whole LightningModule has rules of its own for the children that it leaves alone.
-        if changed and (path or changed != ["rules"]):
+        changed = changed_settings(path, report.config, config)
+        if changed:
             raise QATError(
                 f"{path or 'the LightningModule'} is prepared already, with another {', '.join(changed)}: call "
                 "qat.restore on it first, or leave config out"

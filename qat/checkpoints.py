@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.serialization import get_crc32_options
 
 from .config import QuantConfig
@@ -152,12 +154,32 @@ def reports(model: nn.Module) -> dict[str, Report]:
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
     """What a checkpoint keeps under ``CHECKPOINT_KEY``, as plain values."""
-    configs = {path: report.config.to_dict() for path, report in reports(model).items()}
-    return {"configs": configs, "frozen_ranges": ranges_are_frozen(model)}
+    return {"configs": configs_of(model), "frozen_ranges": ranges_are_frozen(model)}
 
 
-def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """The keys under which two configurations have other values."""
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the names and values of all parameters and buffers: tells whether another process has the same model."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def configs_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The configuration of every prepared sub-model by its path, as plain values."""
+    return {path: report.config.to_dict() for path, report in reports(model).items()}
+
+
+def changed_settings(path: str, prepared: QuantConfig, given: QuantConfig) -> list[str]:
+    """The settings that were given and are others than those of what is prepared at ``path``."""
+    found = _differing(prepared.to_dict(), given.to_dict())
+    # A whole LightningModule has rules of its own for the children that it leaves alone.
+    return [] if not path and found == ["rules"] else found
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return [key for key in a if a[key] != b[key]]
 
 
@@ -170,13 +192,13 @@ def check_same_configs(checkpoint: Mapping[str, Any], model: nn.Module) -> None:
     saved = checkpoint.get(CHECKPOINT_KEY, {}).get("configs")
     if saved is None:
         return
-    ours = {path: report.config.to_dict() for path, report in reports(model).items()}
+    ours = configs_of(model)
     if saved.keys() != ours.keys():
         raise QATError(f"the checkpoint holds other prepared sub-models: {list(saved)}, here {list(ours)}. Pass target=")
     for path, settings in saved.items():
         # Missing keys take their defaults: the checkpoint may be older than a setting.
         theirs, here = QuantConfig.from_dict(settings).to_dict(), ours[path]
-        found = [f"{key} (checkpoint {theirs[key]!r}, here {here[key]!r})" for key in differing(theirs, here)]
+        found = [f"{key} (checkpoint {theirs[key]!r}, here {here[key]!r})" for key in _differing(theirs, here)]
         if found:
             raise QATError(f"{path or 'the model'}: the checkpoint was saved with another configuration: {', '.join(found)}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .checkpoints import fingerprint
 from .errors import QATError
 from .preparation import prepared_report, restore
 
@@ -101,9 +101,4 @@ class Distillation:
 
     def fingerprint(self) -> str:
         """Of the teacher's parameters and buffers: tells whether another process has the same teacher."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.teacher.state_dict().items()):
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.teacher)

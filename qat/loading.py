@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from .callbacks import prepare_module
-from .checkpoints import CHECKPOINT_KEY, check_intact, differing, is_site_key
+from .checkpoints import CHECKPOINT_KEY, changed_settings, check_intact, is_site_key
 from .config import QuantConfig
 from .errors import QATError
 from .preparation import prepare
@@ -61,9 +61,7 @@ def load_from_checkpoint(
     saved = checkpoint.get(CHECKPOINT_KEY, {}).get("configs")
     given = QuantConfig.from_dict(config) if isinstance(config, Mapping) else config
     for name, settings in (saved or {}).items():
-        changed = [] if given is None else differing(QuantConfig.from_dict(settings).to_dict(), given.to_dict())
-        # A whole LightningModule has rules of its own for the children that it leaves alone.
-        if changed and (name or changed != ["rules"]):
+        if given is not None and changed_settings(name, QuantConfig.from_dict(settings), given):
             raise QATError(f"config: {os.fspath(path)} holds its own settings, which are others. Leave config out")
 
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:

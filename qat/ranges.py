@@ -107,6 +107,8 @@ def separate_ranges(
         Paths of the quantizers whose range no optimizer has, nor all parameters of their layer or block.
     """
     ranges = {id(p) for p in learned_ranges(model)}
+    if not ranges:
+        return []
     optimizers = list(optimizers)
     found: set[int] = set()
     schedulers = [inner for scheduler in schedulers for inner in _all(scheduler)]

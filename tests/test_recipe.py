@@ -23,10 +23,11 @@ from torch import nn
 
 import qat
 from qat import QATCallback, QATError, QuantConfig, cli, prepare
+from qat.checkpoints import fingerprint
 from qat.quantizer import WeightQuantizer, quantizers
 from qat.recipes import data as recipe_data
 from qat.recipes import efficientnet, mobilenet, report, resnet, stamps, variants, vit
-from qat.recipes.classification import is_unbalanced, sha256_of
+from qat.recipes.classification import is_unbalanced
 from qat.recipes.data import Augment, load, read_idx, split_by_group
 from qat.recipes.evaluation import accuracy, predict_onnx
 from qat.recipes.models import ARCHS, build, load_weights, patch_size
@@ -572,11 +573,11 @@ def test_metrics_tell_one_float_model_from_another(finished):
     model = build("resnet20", 10, image_size=8)
     load_weights(model, str(finished[1] / "float.pt"))
     stored = json.loads((finished[1] / "metrics.json").read_text())["float_sha256"]
-    assert sha256_of(model) == stored
+    assert fingerprint(model) == stored
     with torch.no_grad():
         last = list(model.parameters())[-1]
         last[-1] = torch.nextafter(last[-1], torch.tensor(9.0))
-    assert sha256_of(model) != stored
+    assert fingerprint(model) != stored
 
 
 def test_a_run_is_opened_again_with_its_weights_and_ranges(finished):

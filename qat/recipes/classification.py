@@ -8,7 +8,6 @@ of the exported files, run by ONNX Runtime; of models without a file those of Py
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import platform
@@ -33,6 +32,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from .. import __version__
+from ..checkpoints import fingerprint
 from ..errors import QATError
 from ..export import ParityReport, export_float, export_onnx, parity
 from ..numerics import INT8
@@ -136,15 +136,6 @@ def origin(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {key: metrics[key] for key in ("seed", "settings", "data", "versions", "float_sha256") if key in metrics}
 
 
-def sha256_of(model: nn.Module) -> str:
-    """SHA-256 of the names and values of all parameters and buffers, which tells one float model from another."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
 def run_seed(settings: ClassifierSettings, data: ImageData, seed: int, out: Path, console: Console) -> dict[str, Any]:
     """Train, quantize, export, check and measure once; writes models into ``out``.
 
@@ -170,7 +161,7 @@ def run_seed(settings: ClassifierSettings, data: ImageData, seed: int, out: Path
         "parity": parities,
         **({} if engines is None else {"engines": engines}),
         "data": {"name": data.name, "image_size": data.image_size, "sha256": data.sha256, **data.sizes()},
-        "float_sha256": sha256_of(models["float"]),
+        "float_sha256": fingerprint(models["float"]),
         "versions": versions(),
         "seconds": round(time.perf_counter() - start, 1),
     }

@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from ..calibration import calibrate
 from ..calibration.methods import METHODS
 from ..callbacks import QATCallback
+from ..checkpoints import fingerprint
 from ..config import QuantConfig
 from ..errors import QATError
 from ..export import ParityReport, export_float, export_onnx, parity
 from ..preparation import prepare
 from .boxes import distillation_loss, precision
-from .classification import finished, origin, sha256_of, versions
+from .classification import finished, origin, versions
 from .detection_report import Detected, draw, make_table, markdown_row, over_seeds, parity_table
 from .detector import LOSSES, Detector, detect_onnx, detect_torch, fit
 from .evaluation import cpu_latency, open_session
@@ -223,7 +224,7 @@ def run_seed(
         **({} if engines is None else {"engines": engines}),
         "data": {"name": data.name, "image_size": data.image_size, "sha256": data.sha256, **data.sizes()},
         "objects": data.objects(),
-        "float_sha256": sha256_of(models["float"]),
+        "float_sha256": fingerprint(models["float"]),
         "versions": versions(("torchmetrics", "pycocotools", "pillow", "scikit-learn")),
         "seconds": round(time.perf_counter() - began, 1),
     }
