@@ -8,7 +8,8 @@ cut off goes on where it stopped, from the same float model (training on a GPU d
 
 A recipe's network and data (ResNet-20 on scikit-learn's digits), trained by the recipe and then fine-tuned, every variant from
 the same float model with the same order of batches. 8-bit PTQ loses nothing on the digits, so there are formats where it does;
-with ``--config`` the format is that of the file. Differences are paired by seed. To choose settings, look at ``--part val``.
+with ``--config`` the format is that of the file. Differences are paired by seed. To choose settings, look at ``--part val``;
+with ``--folds K`` it is another part of the training and validation images for each of K seeds (cross-validation).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "W4A8, one weight range a tensor": {"weight_format": "int4", "weight_granularity": "tensor"},
 }
 # Arguments of QATCallback, besides those of the configuration under "config"; "folded" starts from a network whose batch
-# normalization torch has folded into its convolutions.
+# normalization torch has folded into its convolutions, "again" takes new ranges from the fine-tuned network.
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "calibration max": {"calibration": {"method": "max"}},
@@ -39,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "calibration entropy": {"calibration": {"method": "entropy"}},
     "batch norm never frozen": {"freeze_bn_epoch": None},
     "batch norm frozen from epoch 2": {"freeze_bn_epoch": 2},
+    "batch norm frozen from epoch 3": {"freeze_bn_epoch": 3},
     "batch norm re-estimated": {"freeze_bn_epoch": None, "reestimate_bn": 10},
     "batch norm folded first": {"folded": True},
     "calibration entropy, batch norm frozen from epoch 2": {"calibration": {"method": "entropy"}, "freeze_bn_epoch": 2},
@@ -47,6 +49,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned scales": {"learn_scales": True},
     "learned scales, a tenth of the rate": {"learn_scales": True, "range_lr_factor": 0.1},
     "learned scales, frozen from epoch 2": {"learn_scales": True, "freeze_ranges_epoch": 2},
+    "learned scales, batch norm frozen from epoch 3": {"learn_scales": True, "freeze_bn_epoch": 3},
+    "learned scales, calibration max": {"learn_scales": True, "calibration": {"method": "max"}},
+    "calibrated once more": {"again": True},
+    "residual Adds, one input": {"config": {"add_inputs": "residual"}},
     "distillation": {"distill_from": "float"},
     "oscillations dampened": {"dampen_oscillations": 0.01},
     "weights by mse": {"calibration": {"weight_method": "mse"}, "config": {"weight_range": "frozen"}},
@@ -63,7 +69,17 @@ LONGER: dict[str, dict[str, Any]] = {
 }
 FLOAT, FLOAT_LONGER = "float", "float trained equally long"
 # The float model has the batch-norm schedule of the variants that it is compared with.
-BATCH_NORM: dict[int | None, str] = {0: "", 2: ", batch norm frozen from epoch 2", None: ", batch norm never frozen"}
+BATCH_NORM: dict[int | None, str] = {
+    0: "",
+    2: ", batch norm frozen from epoch 2",
+    3: ", batch norm frozen from epoch 3",
+    None: ", batch norm never frozen",
+}
+
+
+def float_longer(factor: int, first: int | None) -> str:
+    """Name of the float model trained ``factor`` times the epochs, with batch norm frozen from epoch ``first``."""
+    return FLOAT_LONGER + (f", {factor} times the epochs" if factor > 1 else "") + BATCH_NORM[first]
 
 
 def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) -> int:
@@ -93,6 +109,8 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
     settings = parse(kind, "", given)
     device = training.device_of(settings.device)
     data = load(settings.data, settings.data_dir, settings.image_size)
+    if args.folds:
+        data = data.fold(seed % args.folds, args.folds)
     torch.manual_seed(seed)
     options = {"small_stem": settings.small_stem, "pretrained": settings.pretrained}
     model = models.build(settings.arch, len(data.classes), image_size=data.image_size, **options)
@@ -150,7 +168,7 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
     chosen = {name: variant for name, variant in {**VARIANTS, **LONGER}.items() if name in args.variants}
     schedules = {(variant.get("epochs", 1), variant.get("freeze_bn_epoch", 0)) for variant in chosen.values()}
     for factor, first in sorted(schedules, key=str):
-        name = FLOAT_LONGER + (f", {factor} times the epochs" if factor > 1 else "") + BATCH_NORM[first]
+        name = float_longer(factor, first)
         if ("", name) not in done:
             frozen = variants.FreezeBatchNorm(factor * settings.qat_epochs if first is None else first)
             measured("", name, logits_of(tuned(model, frozen, factor * settings.qat_epochs, name)))
@@ -167,6 +185,7 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
             config = qat.QuantConfig.from_dict({**plain, **given_options.pop("config", {})})
             epochs = given_options.pop("epochs", 1) * settings.qat_epochs
             calibrate_options = given_options.pop("calibration", {})
+            again = given_options.pop("again", False)
             start = fuse(copy.deepcopy(model).eval()) if given_options.pop("folded", False) else model
             if given_options.pop("rounded", False):
                 start = calibrated(config, **calibrate_options)
@@ -181,7 +200,10 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
                 log_ranges=None,
                 **given_options,
             )
-            measured(name, variant, logits_of(tuned(start, callback, epochs, variant)))
+            found = tuned(start, callback, epochs, variant)
+            if again:
+                qat.calibrate(found.to(device).eval(), batch, **calibrate_options, progress=False)
+            measured(name, variant, logits_of(found))
     return seed
 
 
@@ -205,6 +227,18 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
     """Markdown: a table a format; differences to the defaults, and their standard errors, over the seeds that have both."""
     lines = []
     found = {(r["format"], r["variant"], r["seed"]): r for r in rows}
+
+    def to_float_longer(name: str, variant: str) -> str:
+        """Difference of top-1 to the float model of as many epochs and the same batch-norm schedule."""
+        options = {**VARIANTS, **LONGER}.get(variant, {})
+        longer = float_longer(options.get("epochs", 1), options.get("freeze_bn_epoch", 0))
+        differences = [
+            found[name, variant, s]["top1"] - found["", longer, s]["top1"]
+            for s in seeds
+            if (name, variant, s) in found and ("", longer, s) in found
+        ]
+        return "{:+.2f} ± {:.2f}".format(*mean_and_error(differences)) if differences else ""
+
     seeds = sorted({r["seed"] for r in rows})
     for variant in dict.fromkeys(r["variant"] for r in rows if not r["format"]):
         those = [found["", variant, s] for s in seeds if ("", variant, s) in found]
@@ -212,7 +246,7 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
         top1, error = mean_and_error([r["top1"] for r in those])
         lines.append(f"{variant}: loss {loss:.4f}, top-1 {top1:.2f} ± {error:.2f} %, {len(those)} seeds.\n")
     for name in names:
-        header = f"| {name} | loss | to the defaults | top-1 % | to the defaults | as float % | seeds |"
+        header = f"| {name} | loss | to the defaults | top-1 % | to the defaults | to {FLOAT_LONGER} | as float % | seeds |"
         lines += [header, "|---" * (header.count("|") - 1) + "|"]
         for variant in dict.fromkeys(r["variant"] for r in rows if r["format"] == name):
             pairs = [
@@ -231,7 +265,8 @@ def table(rows: list[dict[str, Any]], names: list[str]) -> str:
                     "" if variant == "defaults" else f"{difference:+.{digits}f} ± {error:.{digits}f}",
                 ]
             agreement, _ = mean_and_error([row["agreement"] for row, _ in pairs])
-            lines.append(f"| {variant} | {' | '.join(cells)} | {agreement:.2f} | {len(pairs)} |")
+            cells += [to_float_longer(name, variant), f"{agreement:.2f}", str(len(pairs))]
+            lines.append(f"| {variant} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -243,6 +278,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, help="settings of the recipe (default: its own, in three formats)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, *LONGER], metavar="VARIANT")
     parser.add_argument("--part", default="test", choices=("val", "test"), help="images that the figures are of")
+    parser.add_argument("--folds", type=int, metavar="K", help="--part val: cross-validation, seed S holds out part S mod K")
     parser.add_argument("--epochs", type=int, help="of fine-tuning (default: the recipe's)")
     parser.add_argument("--lr", type=float, help="of fine-tuning, at its start (default: the recipe's)")
     parser.add_argument("--device", default="cpu", help="Lightning accelerator")
@@ -251,6 +287,8 @@ def main() -> int:
     args = parser.parse_args()
     if "defaults" not in args.variants:
         parser.error("--variants: differences are to the defaults, so name them too")
+    if args.folds and args.part != "val":
+        parser.error("--folds: is for --part val")
     rows = read(args.results)
     wanted = {("", FLOAT), *((name, variant) for name in formats(args) for variant in args.variants)}
     present = {seed: {(row["format"], row["variant"]) for row in rows if row["seed"] == seed} for seed in args.seeds}

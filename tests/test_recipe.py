@@ -132,6 +132,37 @@ def test_split_by_group_draws_the_share_of_each_group(fraction):
         assert np.sum(groups[drawn] == group) == round(np.sum(groups[among] == group) * fraction)
 
 
+def pairs(*parts):
+    return sorted((image.numpy().tobytes(), int(label)) for p in parts for image, label in zip(p.images, p.labels, strict=True))
+
+
+def test_folds_hold_out_every_training_and_validation_image_once(digits):
+    folds = [digits.fold(index, 4) for index in range(4)]
+    everything = pairs(digits.plain_train, digits.val)
+    assert pairs(*(fold.val for fold in folds)) == everything
+    for fold in folds:
+        assert pairs(fold.plain_train, fold.val) == everything
+        assert pairs(fold.train) == pairs(fold.plain_train)
+        assert (fold.train.augment, fold.plain_train.augment, fold.val.augment) == (Augment(shift=1), None, None)
+        counts = np.bincount(fold.val.labels) - np.bincount(torch.cat([digits.train.labels, digits.val.labels])) / 4
+        assert abs(counts).max() < 1
+        assert fold.test is digits.test
+    assert pairs(digits.fold(1, 4).val) == pairs(folds[1].val)
+
+
+@pytest.mark.parametrize(
+    ("index", "count", "message"),
+    [
+        (4, 4, "fold 4 of 4: choose one from 0 to 3"),
+        (0, 1, "1 folds: must be at least 2"),
+        (0, 500, "500 folds: .* rarest class"),
+    ],
+)
+def test_folds_that_there_are_not(digits, index, count, message):
+    with pytest.raises(QATError, match=message):
+        digits.fold(index, count)
+
+
 def write_elpv(folder, **changes):
     probability = RNG.choice([0.0, 1 / 3, 2 / 3, 1.0], 200, p=[0.6, 0.1, 0.05, 0.25])
     arrays = {
@@ -147,10 +178,7 @@ def test_elpv_loads_from_its_cache_alone(tmp_path):
     arrays = write_elpv(tmp_path)
     loaded = load("elpv", tmp_path, 16)
     expected = {image.tobytes(): int(p >= 0.5) for image, p in zip(arrays["images"], arrays["probability"], strict=True)}
-    parts = [loaded.train, loaded.val, loaded.test]
-    found = [
-        (image.numpy().tobytes(), int(label)) for part in parts for image, label in zip(part.images, part.labels, strict=True)
-    ]
+    found = pairs(loaded.train, loaded.val, loaded.test)
     assert dict(found) == expected
     assert len(found) == 200
     assert is_unbalanced(loaded)

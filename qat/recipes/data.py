@@ -23,6 +23,7 @@ augmentation. Grey images become three equal channels, so that every network and
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import os
@@ -169,6 +170,36 @@ class ImageData:
         if self.accepted is None:
             return predicted
         return np.where((self.accepted == predicted[:, None]).any(1), self.test_labels, predicted)
+
+    def fold(self, index: int, count: int) -> ImageData:
+        """Other training and validation images out of the same, for cross-validation; the test images stay.
+
+        Args:
+            index: Which of the parts validates, from 0.
+            count: Of how many parts. Each has its share of every class, and always the same images.
+
+        Raises:
+            QATError: For a part that there is not, fewer images of a class than parts, or files on disk.
+        """
+        from sklearn.model_selection import StratifiedKFold
+
+        train, plain, val = self.train, self.plain_train, self.val
+        if not (isinstance(train, ArrayImages) and isinstance(plain, ArrayImages) and isinstance(val, ArrayImages)):
+            raise QATError(f"data={self.name!r}: cross-validation is for images in memory")
+        if not 0 <= index < count:
+            raise QATError(f"fold {index} of {count}: choose one from 0 to {count - 1}")
+        images, labels = torch.cat([plain.images, val.images]), torch.cat([plain.labels, val.labels])
+        if not 2 <= count <= int(labels.bincount(minlength=1)[labels.unique()].min()):
+            raise QATError(f"{count} folds: must be at least 2, and at most the images of the rarest class")
+        parts = list(StratifiedKFold(count, shuffle=True, random_state=SPLIT_SEED).split(labels, labels))[index]
+        fitted, held_out = (torch.from_numpy(part) for part in parts)
+
+        def chosen(like: ArrayImages, rows: Tensor) -> ArrayImages:
+            found = copy.copy(like)
+            found.images, found.labels = images[rows], labels[rows]
+            return found
+
+        return replace(self, train=chosen(train, fitted), plain_train=chosen(plain, fitted), val=chosen(val, held_out))
 
     def sizes(self) -> dict[str, int]:
         """Number of images of each part."""
