@@ -29,17 +29,14 @@ from torchmetrics import Metric, MetricCollection
 from .batchnorm import freeze_batch_norm, reestimate_batch_norm
 from .calibration import calibrate
 from .calibration.batches import run_batch
-from .checkpoints import CHECKPOINT_KEY, changed_settings, check_intact, check_same_configs, is_site_key, reports, settings_of
-from .config import QuantConfig, Rule
+from .checkpoints import CHECKPOINT_KEY, check_intact, check_same_configs, is_site_key, reports, settings_of
+from .config import QuantConfig
 from .distillation import Distillation, float_copy
 from .errors import QATError
 from .export import export_onnx
 from .modes import evaluating, keep_generators, uncompiled
-from .nn.attention import QuantAttention
-from .nn.layers import QUANTIZABLE
 from .nonfinite import first_non_finite
 from .oscillation import oscillation_penalty, ramp
-from .preparation import Report, prepare, restore
 from .quantizer import WeightQuantizer, is_prepared, quantizers
 from .ranges import (
     clip_rates,
@@ -51,9 +48,9 @@ from .ranges import (
     recorded_ranges,
     separate_ranges,
 )
+from .targets import LAYERS, layers, prepare_module
 
 DEFAULT_BATCHES = 32
-_LAYERS = (*QUANTIZABLE, nn.MultiheadAttention, QuantAttention)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 _SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 _OWN_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
@@ -226,7 +223,7 @@ class QATCallback(Callback):
         if stage == "fit" and learned_ranges(pl_module):
             _check_order(trainer, self)
         # LightningModule.setup comes after this hook.
-        self._seen = None if was_prepared or self.target else {id(layer) for layer in _layers(pl_module)}
+        self._seen = None if was_prepared or self.target else {id(layer) for layer in layers(pl_module)}
         self._remove_load_hooks()
         self._load_hooks = [
             pl_module.register_load_state_dict_pre_hook(_load_guard(trainer)),
@@ -348,7 +345,7 @@ class QATCallback(Callback):
         late = [
             path
             for path, module in pl_module.named_modules()
-            if isinstance(module, _LAYERS)
+            if isinstance(module, LAYERS)
             and id(module) not in self._seen | apart
             and any(p.requires_grad for p in module.parameters())
         ]
@@ -581,98 +578,6 @@ def _check_order(trainer: pl.Trainer, callback: QATCallback) -> None:
     if late:
         name = type(late[0]).__name__
         raise QATError(f"{name} could not resume with the parameter groups of learned ranges: list it before QATCallback")
-
-
-def prepare_module(
-    pl_module: pl.LightningModule, config: QuantConfig | None = None, target: Sequence[str] | None = None
-) -> None:
-    """Prepare the sub-models of a LightningModule in place; those that are prepared already stay as they are.
-
-    Args:
-        pl_module: The LightningModule.
-        config: What is quantized and how; ``None`` means the defaults, or what a prepared sub-model has.
-        target: Attribute paths of the sub-models; ``None`` finds them as :class:`QATCallback` says.
-
-    Raises:
-        QATError: For a path that does not exist, when there is nothing to quantize, or when a sub-model is prepared with
-            another configuration. The module is then unchanged.
-    """
-    found = reports(pl_module)
-    if config is not None:
-        _check_unchanged({path: report for path, report in found.items() if target is None or path in target}, config)
-    if target is not None:
-        chosen = {path: _submodule(pl_module, path) for path in target if path not in found}
-    elif found:
-        return
-    else:
-        chosen, config = _find_targets(pl_module, config or QuantConfig())
-    example_inputs = getattr(pl_module, "example_input_array", None)
-    done: list[nn.Module] = []
-    try:
-        for module in chosen.values():
-            # The example is what the LightningModule's own forward takes; with several sub-models, nobody knows whose.
-            prepare(module, config, example_inputs=example_inputs if len(chosen) == 1 else None)
-            done.append(module)
-    except QATError:
-        for module in done:
-            restore(module)
-        raise
-
-
-def _check_unchanged(reports: Mapping[str, Report], config: QuantConfig) -> None:
-    for path, report in reports.items():
-        changed = changed_settings(path, report.config, config)
-        if changed:
-            raise QATError(
-                f"{path or 'the LightningModule'} is prepared already, with another {', '.join(changed)}: call "
-                "qat.restore on it first, or leave config out"
-            )
-
-
-def _submodule(pl_module: pl.LightningModule, path: str) -> nn.Module:
-    try:
-        return pl_module.get_submodule(path)
-    except AttributeError as error:
-        children = ", ".join(name for name, _ in pl_module.named_children())
-        raise QATError(f"target={path!r}: {type(pl_module).__name__} has no such module; its children: {children}") from error
-
-
-def _find_targets(pl_module: pl.LightningModule, config: QuantConfig) -> tuple[dict[str, nn.Module], QuantConfig]:
-    """The sub-models to prepare by path, and the configuration that leaves the rest alone."""
-    with_layers = {
-        name: child
-        for name, child in pl_module.named_children()
-        if not isinstance(child, Metric | MetricCollection) and _has_layers(child)
-    }
-    if not with_layers:
-        kinds = ", ".join(kind.__name__ for kind in (*QUANTIZABLE, nn.MultiheadAttention))
-        raise QATError(
-            f"{type(pl_module).__name__}: nothing to quantize, no child holds any of {kinds}. Build the model in __init__ "
-            "or configure_model (setup is too late), or name it: QATCallback(target=...)"
-        )
-    # A wholly frozen child next to one that trains is a teacher or a perceptual loss. Alone, it is the frozen model.
-    trained = {n: m for n, m in with_layers.items() if any(p.requires_grad for p in m.parameters())} or with_layers
-    if len(trained) == 1 and not isinstance(next(iter(trained.values())), _LAYERS):
-        return trained, config
-    if not is_overridden("forward", pl_module):
-        models = {name: module for name, module in trained.items() if not isinstance(module, _LAYERS)}
-        if not models:
-            raise QATError(
-                f"{type(pl_module).__name__} has layers of its own ({', '.join(trained)}) and no forward that shows how they "
-                "are used. Give it one, or put them into a sub-model"
-            )
-        return models, config
-    # Several parts that one forward chains: only as a whole do they show which layer is the head.
-    others = [name for name, child in pl_module.named_children() if name not in trained and _has_layers(child)]
-    return {"": pl_module}, config.replace(rules=(*config.rules, *(Rule(name, quantize=False) for name in others)))
-
-
-def _has_layers(module: nn.Module) -> bool:
-    return any(True for _ in _layers(module))
-
-
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if isinstance(module, _LAYERS))
 
 
 def _has_ranges(model: nn.Module) -> bool:

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 
-from .callbacks import prepare_module
 from .checkpoints import CHECKPOINT_KEY, changed_settings, check_intact, is_site_key
 from .config import QuantConfig
 from .errors import QATError
 from .preparation import prepare
 from .ranges import freeze_ranges, have_stale_ranges
+from .targets import prepare_module
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 

@@ -17,9 +17,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import qat
 from qat.batchnorm import freeze_batch_norm, reestimate_batch_norm
-from qat.callbacks import QATCallback, prepare_module
+from qat.callbacks import QATCallback
 from qat.nonfinite import first_non_finite
 from qat.quantizer import State, WeightQuantizer, is_prepared, quantizers
+from qat.targets import prepare_module
 
 IMAGES = torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(48) % 4

@@ -17,8 +17,8 @@ from test_callback import IMAGES, Lit, callback, loader, make_net, make_trainer
 from torch import nn
 
 import qat
-from qat.callbacks import prepare_module
 from qat.quantizer import State, quantizers
+from qat.targets import prepare_module
 
 EPOCHS = 3
 
