@@ -396,6 +396,24 @@ def test_invalid_setting_ends_with_a_message(capsys):
     assert "error: image_size=4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "abacus"], "device='abacus', .* invalid accelerator name"),
+        (["--precision", "12"], "precision='12': .*is invalid"),
+        pytest.param(
+            ["--device", "gpu"],
+            "device='gpu', .*No supported gpu backend",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
+    ],
+)
+def test_unknown_devices_and_precisions_end_with_a_message(arguments, message, tmp_path, capsys):
+    assert resnet.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert re.search(message, " ".join(capsys.readouterr().out.split()))
+    assert not (tmp_path / "out").exists()
+
+
 # Pictures with ImageNet's classes
 
 

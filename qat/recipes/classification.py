@@ -42,7 +42,7 @@ from .evaluation import accuracy, cpu_latency, open_session, predict_onnx, predi
 from .options import RecipeSettings
 from .report import Result, append_row, draw, make_table, markdown_row, over_seeds, parity_table
 from .settings import ClassifierSettings, parse
-from .training import device_of, stage
+from .training import device_of, make_trainer, stage
 from .variants import LABELS, labels, train_all
 
 PARITY_IMAGES = 64
@@ -143,6 +143,8 @@ def run_seed(settings: ClassifierSettings, data: ImageData, seed: int, out: Path
         What ``metrics.json`` holds: the rows of the table under ``results``, parity, data, versions.
     """
     start = time.perf_counter()
+    # Refuses devices that are not there before anything is written.
+    make_trainer(settings.device, settings.precision)
     out.mkdir(parents=True, exist_ok=True)
     models = train_all(settings, data, seed, out, console)
     files, parities = export_all(models, data, out, console)

@@ -49,7 +49,7 @@ from .scenes import LOADERS, SceneData, load
 from .settings import parse
 from .ssdlite import COCO, TINY, SSDLite, load_tensorflow, make_anchors
 from .tfjs import read_tensors
-from .training import stage
+from .training import make_trainer, stage
 from .variants import LABELS, LEARNED
 
 PARITY_IMAGES = 8
@@ -200,6 +200,8 @@ def run_seed(
         What ``metrics.json`` holds: the rows of the table under ``results``, parity, data, versions.
     """
     began = time.perf_counter()
+    # Refuses devices that are not there before anything is written.
+    make_trainer(settings.device, settings.precision)
     out.mkdir(parents=True, exist_ok=True)
     anchors = make_anchors(start)
     models = train_all(settings, start, data, anchors, seed, out, console)

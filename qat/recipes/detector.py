@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .boxes import detections, ssd_loss
 from .evaluation import open_session
 from .scenes import SceneData
-from .training import Advance, stage
+from .training import Advance, make_trainer, stage
 
 Targets = list[dict[str, Tensor]]
 LOSSES = ("distillation", "labels")
@@ -98,18 +98,8 @@ def fit(
     detector.train()
     detector.model.to(memory_format=torch.channels_last)
     with stage(console, name, steps) as advance:
-        trainer = pl.Trainer(
-            accelerator=device,
-            devices=1,
-            precision=precision,  # type: ignore[arg-type]
-            max_steps=steps,
-            max_epochs=-1,
-            callbacks=[*callbacks, _Bar(advance)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        limits: dict[str, Any] = {"max_steps": steps, "max_epochs": -1}
+        trainer = make_trainer(device, precision, callbacks=[*callbacks, _Bar(advance)], **limits)
         trainer.fit(detector, data.loader(data.train, batch_size, shuffle=True))
     detector.model.to(memory_format=torch.contiguous_format)
     return trainer

@@ -9,12 +9,14 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..batchnorm import freeze_batch_norm
+from ..errors import QATError
 from .data import ImageData
 from .settings import ClassifierSettings
 
@@ -162,20 +164,28 @@ def fit(
     train = data.loader(data.train, settings.batch_size, shuffle=True)
     val = data.loader(data.val, 4 * settings.batch_size)
     with stage(console, name, epochs * len(train)) as advance:
-        trainer = pl.Trainer(
-            accelerator=settings.device,
-            devices=1,
-            precision=settings.precision,  # type: ignore[arg-type]
-            max_epochs=epochs,
-            callbacks=[*callbacks, _Bar(advance)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
+        limits: dict[str, Any] = {"max_epochs": epochs, "num_sanity_val_steps": 0}
+        trainer = make_trainer(settings.device, settings.precision, callbacks=[*callbacks, _Bar(advance)], **limits)
         trainer.fit(classifier, train, val)
     return trainer
+
+
+def make_trainer(device: str, precision: str, **options: Any) -> pl.Trainer:
+    """Lightning's Trainer with one device, which writes nothing.
+
+    Args:
+        device: Name of an accelerator.
+        precision: As Lightning names it.
+        options: Of the Trainer.
+
+    Raises:
+        QATError: For an accelerator that is unknown or not there, or a precision that Lightning or that device does not have.
+    """
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    try:
+        return pl.Trainer(accelerator=device, devices=1, precision=precision, **quiet, **options)  # type: ignore[arg-type]
+    except (ValueError, MisconfigurationException) as error:
+        raise QATError(f"device={device!r}, precision={precision!r}: {error}") from error
 
 
 def device_of(accelerator: str) -> torch.device:
