@@ -580,6 +580,30 @@ def test_bad_arguments_are_refused():
         analysis.sensitivity(made("two outputs"), data, metric=lambda o, r, b: analysis.kl_divergence(o["late"], r["late"], b))
 
 
+class Selects(nn.Module):
+    """Returns what is above a threshold, as a detector does: how many that are depends on the rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        x = self.b(F.relu(self.a(x)))
+        return x[x > 0]
+
+
+@pytest.mark.parametrize("result", [analysis.sensitivity, analysis.layer_errors])
+def test_outputs_whose_size_changes_are_refused(result):
+    torch.manual_seed(0)
+    model, data = Selects(), [torch.randn(8, 3, 16, 16)]
+    qat.prepare(model, NO_HEAD)
+    qat.calibrate(model, data, progress=False)
+    with pytest.raises(qat.QATError, match=r"the outputs have sizes \[\(\d+,\)\] where those of the float model have"):
+        result(model, data)
+    count = analysis.sensitivity(model, data, metric=lambda o, r, b: abs(len(o) - len(r)) / len(r))
+    assert 0 < max(layer.value for layer in count.layers) < 0.1
+
+
 @pytest.mark.parametrize("result", [analysis.sensitivity, analysis.layer_errors, analysis.ranges, analysis.clip_rates])
 def test_results_print_every_path_and_give_json(result):
     found = result(made(), [images()])

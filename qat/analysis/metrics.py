@@ -22,6 +22,22 @@ def floats(tree: Any) -> list[Tensor]:
     return [tensor for tensor in output_tensors(tree) if tensor.is_floating_point()]
 
 
+def pairs(outputs: Any, reference: Any) -> list[tuple[Tensor, Tensor]]:
+    """The floating tensors of two outputs, side by side.
+
+    Raises:
+        QATError: If the sizes differ, as those of a list of detections may once its scores are quantized.
+    """
+    found, expected = floats(outputs), floats(reference)
+    sizes, wanted = ([tuple(tensor.shape) for tensor in tensors] for tensors in (found, expected))
+    if sizes != wanted:
+        raise QATError(
+            f"the outputs have sizes {sizes} where those of the float model have {wanted}: no difference can be taken. Analyse "
+            "the part of the model before what selects among its outputs, or pass a metric of your own where one is asked for"
+        )
+    return list(zip(found, expected, strict=True))
+
+
 class Distance:
     """SQNR and cosine similarity of two signals, summed up over batches in float64."""
 
@@ -29,8 +45,8 @@ class Distance:
         self._sums: Tensor | None = None
 
     def add(self, reference: Any, other: Any) -> None:
-        """Count two outputs of one structure."""
-        for a, b in zip(floats(reference), floats(other), strict=True):
+        """Count two outputs of one structure and size."""
+        for b, a in pairs(other, reference):
             # Differences in the tensors' own dtype are exact enough, sums of squares are not.
             norms = [torch.linalg.vector_norm(x.detach(), dtype=torch.float64) for x in (a, a - b, b)]
             sums = torch.stack(norms).square()
@@ -63,7 +79,7 @@ def relative_error(outputs: Any, reference: Any, batch: Any) -> Tensor:
     The default metric: asks for no labels and fits any output.
     """
     ratios = []
-    for a, b in zip(floats(outputs), floats(reference), strict=True):
+    for a, b in pairs(outputs, reference):
         noise, signal = (a.double() - b.double()).square().sum(), b.double().square().sum()
         ratios.append(noise / signal.clamp(min=torch.finfo(torch.float64).tiny))
     if not ratios:
@@ -76,10 +92,10 @@ def kl_divergence(outputs: Any, reference: Any, batch: Any) -> Tensor:
 
     For a model that returns logits of shape ``(N, classes)``, as its first output.
     """
-    found, expected = floats(outputs), floats(reference)
-    if not found or found[0].ndim != 2:
+    both = pairs(outputs, reference)
+    if not both or both[0][0].ndim != 2:
         raise QATError("metric: kl_divergence needs logits of shape (N, classes) as the first output; use relative_error")
-    log_p, log_q = (F.log_softmax(x[0].double(), dim=1) for x in (expected, found))
+    log_q, log_p = (F.log_softmax(x.double(), dim=1) for x in both[0])
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
