@@ -20,9 +20,19 @@ from qat.numerics import INT4, INT8
 
 triton = pytest.importorskip("triton", reason="needs triton")
 tl = triton.language
-# The interpreter cuts bfloat16 off instead of rounding it.
-RUNS = [("cpu", torch.float32), ("cpu", torch.float16)] if INTERPRETED else []
-RUNS += [pytest.param(("cuda", d), marks=pytest.mark.gpu) for d in (torch.float32, torch.float16, torch.bfloat16)]
+
+
+def on(*dtypes):
+    """Runs of a test with tensors of these types, on a GPU and in the interpreter."""
+    # The interpreter cuts bfloat16 off instead of rounding it.
+    runs = [("cpu", dtype) for dtype in dtypes if INTERPRETED and dtype != torch.bfloat16]
+    runs += [pytest.param(("cuda", dtype), marks=pytest.mark.gpu) for dtype in dtypes]
+    return pytest.mark.parametrize("device", runs, indirect=True, ids=lambda run: f"{run[0]}-{run[1]}")
+
+
+on_all = on(torch.float32, torch.float16, torch.bfloat16)
+# Other types have no values so close to ties; layers have weights of this one, and autocast is tested by itself.
+on_float32 = on(torch.float32)
 
 
 @pytest.fixture
@@ -42,7 +52,6 @@ def test_all_in_tritons_interpreter(chosen):
     run_interpreted(__file__, chosen)
 
 
-on_all = pytest.mark.parametrize("device", RUNS, indirect=True, ids=lambda run: f"{run[0]}-{run[1]}")
 LAYOUTS = {
     "one element": lambda x: x.flatten()[:1],
     "vector": lambda x: x.flatten()[:37],
@@ -297,12 +306,10 @@ def rounds_once(device):
     return out.item() == 2.0**-24
 
 
-@on_all
+@on_float32
 @pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
 def test_codes_next_to_ties(device, fmt):
     """At and beside ``(n + 0.5) * scale``, where the rounded quotient decides, for scales of all magnitudes."""
-    if device[1] != torch.float32:
-        pytest.skip("other types have no values so close to ties")
     if not rounds_once(device[0]):
         pytest.skip("needs a fused multiply-add: a GPU, or the interpreter of Triton 3.9 or newer")
     generator = np.random.default_rng(0)
@@ -414,14 +421,12 @@ LAYERS = {
 }
 
 
-@on_all
+@on_float32
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "with gaps"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_in_one_function_is_the_layer_in_three(device, kind, layout, frozen, monkeypatch):
     name, dtype = device
-    if dtype != torch.float32:
-        pytest.skip("layers have float32 weights; autocast is tested by itself")
     torch.manual_seed(0)
     model = torch.nn.Sequential(LAYERS[kind]())
     x = LAYOUTS[layout](values("cpu", dtype, (3, 8, 17, 18)).nan_to_num(1.0, 3.0, -3.0))[..., :9]
