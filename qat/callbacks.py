@@ -102,7 +102,8 @@ class QATCallback(Callback):
             as ``fit`` leaves it, averaged where a callback averages weights: to export the best checkpoint, load it and call
             :func:`qat.export_onnx`.
         freeze_ranges_epoch: First epoch with frozen ranges: those of weights stop following them, learned ones stop training.
-            ``None`` never freezes them. Learned ones need ``find_unused_parameters`` with DDP.
+            ``None`` never freezes them. Frozen ones stay so, in another ``fit``, too. Learned ones need
+            ``find_unused_parameters`` with DDP.
         distill_from: A teacher whose outputs the quantized model learns to give, besides what its ``training_step`` asks for
             (which may return ``0 * outputs.sum()``, without labels): a model that is called as the prepared one, or
             ``"float"``: what that one is when ``fit`` begins, before it is quantized. Not part of checkpoints: to resume,
