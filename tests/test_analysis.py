@@ -1,5 +1,6 @@
 """Errors, sensitivity, mixed precision and ranges: against plain loops over complete evaluations."""
 
+import copy
 import json
 import math
 
@@ -370,11 +371,16 @@ def test_rules_give_a_model_of_that_value():
 
 def test_an_add_may_be_what_is_left_in_float():
     model = made()
-    result = analysis.mixed_precision(model, [images()], budget=0.0)
-    assert result.met
-    assert {(layer.path, layer.kind) for layer in result.layers} >= {("body.quant_add0", "add"), ("pool", "pool")}
-    report = qat.prepare(Net(), qat.QuantConfig(rules=[rule for rule in result.rules if "quant_add" in rule["match"]]))
-    assert (report.count("add"), report.count("conv")) == (0, 3)
+    paths = list(quantized_layers(model))
+    fast = profile(**dict.fromkeys(paths, 1.0))
+    slow = profile(**{path: 1.0 + (path not in ("body.quant_add0", "pool")) for path in paths})
+    result = analysis.mixed_precision(model, [images()], latency=float(len(paths)), profiles=(fast, slow))
+    assert {(layer.path, layer.kind) for layer in result.layers} == {("body.quant_add0", "add"), ("pool", "pool")}
+    report = qat.prepare(Net(), qat.QuantConfig(rules=result.rules))
+    assert (report.count("add"), report.count("pool"), report.count("conv")) == (0, 0, 3)
+    everything = analysis.mixed_precision(model, [images()], budget=0.0)
+    assert everything.met
+    assert {layer.path for layer in everything.layers} == set(paths)
 
 
 class TwoAdds(Block):
@@ -628,6 +634,37 @@ class Gated(nn.Module):
         x = F.silu(self.a(x))
         gate = self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True))))
         return self.fc(self.b(x * gate.sigmoid()).flatten(2).amax(2))
+
+
+@pytest.mark.parametrize(
+    ("make", "first", "follow"),
+    [
+        (Gated, ["a"], {"quant_mean0", "quant_mul0"}),
+        (Gated, ["b", "expand"], set()),
+        (Net, ["body.conv2", "stem"], {"body.quant_add0"}),
+        (lambda: Net(TwoAdds()), ["body.conv1", "stem"], {"body.quant_add0"}),
+    ],
+)
+def test_what_no_quantized_layer_feeds_follows_and_needs_no_rule(make, first, follow):
+    torch.manual_seed(0)
+    model, batch = make().eval(), torch.randn(16, 3, 10, 10)
+    qat.prepare(model, example_inputs=batch)
+    qat.calibrate(model, [batch], progress=False)
+    # By these profiles only the first ones cost nothing in float.
+    paths = list(quantized_layers(model))
+    fast, slow = profile(**dict.fromkeys(paths, 1.0)), profile(**{path: 1.0 + (path not in first) for path in paths})
+    result = analysis.mixed_precision(model, [batch], latency=float(len(paths)), profiles=(fast, slow))
+    assert {layer.path for layer in result.layers if not layer.follows} == set(first)
+    assert {layer.path for layer in result.layers if layer.follows} == follow
+    assert {rule["match"] for rule in result.rules} == set(first)
+    state, plain = model.state_dict(), qat.restore(model)
+    again = copy.deepcopy(plain)
+    qat.prepare(again, qat.QuantConfig(rules=result.rules), example_inputs=batch)
+    # Of two Adds, the second one has the number of the first one now.
+    moved = {name: name.replace("add0", "add1") if "body.quant_add1.a_quantizer.amax" in state else name for name in state}
+    again.load_state_dict({name: state[moved.get(name, name)] for name in again.state_dict()})
+    with torch.no_grad():
+        assert result.value == pytest.approx(float(analysis.relative_error(again(batch), plain(batch), batch)), rel=1e-6)
 
 
 def test_a_mean_that_shares_its_quantizer_with_a_gate_is_told_apart():

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from ..calibration.batches import example_of
 from ..config import Rule
 from ..errors import QATError
 from ..nn.add import QuantAdd
 from ..nn.mul import QuantMul
+from ..preparation import prepared_report, restore
+from ..preparation.plan import make_plan
 from ..quantizer import Quantizer
 from .layers import Layer, analysing, each_batch
 from .metrics import Mean, Metric, relative_error
@@ -22,6 +27,8 @@ from .sensitivity import sensitivity
 
 if TYPE_CHECKING:
     from ..tensorrt import Inspection
+
+_WEIGHTED = ("conv", "linear", "attention")
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,14 @@ class Choice:
         kind: ``"conv"``, ``"linear"``, ``"attention"``, ``"add"``, ``"gate"`` or ``"pool"``.
         change: Its entry in the ranking.
         extra_ms: What that costs by the profiles, in ms; ``None`` if they do not tell.
+        follows: Whether it gets no site because nothing that feeds it is quantized. Such a one needs no rule.
     """
 
     path: str
     kind: str
     change: float
     extra_ms: float | None
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class MixedPrecision(Result):
     """What :func:`mixed_precision` chose; prints as a table.
 
     Attributes:
-        layers: Left in float, the most sensitive first.
+        layers: Left in float, the most sensitive first, then what is so because of them.
         metric: Name of the metric.
         value: The metric with these layers in float, evaluated.
         quantized: The metric with all layers quantized, evaluated.
@@ -74,7 +83,7 @@ class MixedPrecision(Result):
     @property
     def rules(self) -> list[dict[str, Any]]:
         """For ``qat.QuantConfig(rules=...)`` or its YAML file: what leaves these layers in float."""
-        return [{"match": glob.escape(layer.path), "quantize": False} for layer in self.layers]
+        return [_rule(layer.path) for layer in self.layers if not layer.follows]
 
     def to_rules(self) -> tuple[Rule, ...]:
         """The same as :class:`qat.Rule`."""
@@ -111,11 +120,10 @@ def mixed_precision(
     float, the one returned included. This is a greedy search: a smaller set may exist. With ``latency`` alone, the layers that
     fit are taken in the order of the ranking.
 
-    Nothing is changed: prepare a float model with ``QuantConfig(rules=result.rules)``. It has the value that was
-    evaluated, unless all layers that feed an Add, a gate or a pooling are left in float: ``qat.prepare`` then places no
-    site there either (and refuses a rule for it as one that matches nothing: leave that one out, and evaluate the
-    prepared model). Of several Adds, gates or poolings in the forward of one module none is chosen: they are numbered, so
-    that a rule may mean another one once such a site is gone.
+    Nothing is changed: prepare a float model with ``QuantConfig(rules=result.rules)``. It has the value that was evaluated:
+    an Add, a gate or a pooling that no quantized layer feeds any more gets no site, and is counted so, as far as the model
+    was prepared as a whole. Of several Adds, gates or poolings in the forward of one module none is chosen: they are
+    numbered, so that a rule may mean another one once such a site is gone.
 
     Args:
         model: Prepared and calibrated. Sites that are off stay off.
@@ -140,6 +148,7 @@ def mixed_precision(
     batches = list(each_batch(batches))
     metric = metric or relative_error
     ranking = ranking or sensitivity(model, batches, metric=metric)
+    placement = _Placement(model, batches[0])
     with analysing(model) as bench:
         missing = set(bench.layers) - {layer.path for layer in ranking.layers}
         if missing:
@@ -153,10 +162,13 @@ def mixed_precision(
             chosen = _that_fit([path for path in order if path in extra], extra, latency - total)
         else:
             chosen = _fewest(order, judge, budget)
-        value, quantized = judge(chosen), judge(())
+        gone = placement.follow({path for path in chosen if kinds[path] in _WEIGHTED})
+        follow = [path for path in bench.layers if path in gone]
+        chosen = [path for path in chosen if path not in gone]
+        value, quantized = judge((*chosen, *follow)), judge(())
     changes = {layer.path: layer.change for layer in ranking.layers}
-    layers = tuple(Choice(path, kinds[path], changes[path], extra.get(path)) for path in chosen)
-    estimate = total + sum(extra.get(path, 0.0) for path in chosen) if profiles else None
+    layers = tuple(Choice(path, kinds[path], changes[path], extra.get(path), path in gone) for path in (*chosen, *follow))
+    estimate = total + sum(extra.get(layer.path, 0.0) for layer in layers) if profiles else None
     name = getattr(metric, "__name__", type(metric).__name__)
     return MixedPrecision(layers, name, value, quantized, budget, estimate, latency, len(judge.known))
 
@@ -179,6 +191,37 @@ class _Judge:
                 mean.add(self.metric(self.run(batch, self.layers - left), reference, batch))
             self.known[left] = mean.value
         return self.known[left]
+
+
+def _rule(path: str) -> dict[str, Any]:
+    return {"match": glob.escape(path), "quantize": False}
+
+
+class _Placement:
+    """Where ``qat.prepare`` puts sites, depending on what is left in float. Plans with a float copy of the model."""
+
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._report = prepared_report(inner)
+        if self._report is not None:
+            self._plain = restore(copy.deepcopy(inner))
+            tensor = next(inner.parameters(), None)
+            inputs = example_of(inner, batch, None if tensor is None else tensor.device)
+            # A copy, as a model may change its input in place.
+            self._inputs = tree_map_only(Tensor, Tensor.clone, inputs)
+
+    def follow(self, layers: Collection[str]) -> set[str]:
+        """Paths of the Adds, gates and poolings that get no site if ``layers`` are left in float."""
+        if self._report is None or not layers:
+            return set()
+        config = self._report.config
+        rules = (*config.rules, *(Rule(**_rule(path)) for path in layers))
+        everything = make_plan(self._plain, config, self._inputs)
+        places = everything.places()
+        if everything.layers.keys() <= set(layers):
+            return set(places.values())
+        left = make_plan(self._plain, config.replace(rules=rules), self._inputs).places()
+        return {path for place, path in places.items() if place not in left}
 
 
 def _is_numbered(layers: Mapping[str, Layer], path: str) -> bool:

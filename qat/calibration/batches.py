@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QATError
+from ..inputs import call
 
 
 def run_batch(model: nn.Module, batch: Any, device: torch.device | None) -> Any:
@@ -25,6 +26,20 @@ def run_batch(model: nn.Module, batch: Any, device: torch.device | None) -> Any:
     Raises:
         QATError: For a batch of another kind, or a mapping of which the model takes nothing.
     """
+    return call(model, example_of(model, batch, device))
+
+
+def example_of(model: nn.Module, batch: Any, device: torch.device | None) -> Any:
+    """What ``model`` is called with for a batch, in the form of ``example_inputs``.
+
+    Args:
+        model: Any model.
+        batch: As for :func:`run_batch`.
+        device: Likewise.
+
+    Raises:
+        QATError: Likewise.
+    """
     if isinstance(batch, tuple | list):
         if not batch:
             raise QATError("data: a batch is an empty list")
@@ -38,8 +53,8 @@ def run_batch(model: nn.Module, batch: Any, device: torch.device | None) -> Any:
             )
     inputs = _to_device(inputs, device)
     if isinstance(inputs, Mapping):
-        return model(**_accepted(model, inputs))
-    return model(inputs)
+        return _accepted(model, inputs)
+    return (inputs,)
 
 
 def _accepted(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

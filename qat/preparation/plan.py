@@ -73,6 +73,11 @@ class Plan:
     head: tuple[str, ...] = ()
     head_source: str = ""
 
+    def places(self) -> dict[tuple[str, Any], str]:
+        """Paths of the Adds, gates and poolings with sites, by where they are: unlike their numbers, that does not change."""
+        planned = (*self.adds, *self.gates, *self.pool_calls)
+        return {(path, None): path for path in self.pools} | {(x.located.path, x.located.key): x.path for x in planned}
+
 
 def make_plan(model: nn.Module, config: QuantConfig, example_inputs: Any) -> Plan:
     """Decide the placement for ``model``, which stays untouched.
