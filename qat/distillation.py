@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from .checkpoints import fingerprint
 from .errors import QATError
@@ -68,11 +69,22 @@ class Distillation:
         self._loss = loss or logits_divergence
         self.listening = True
         self._calls: list[tuple[Any, Any, Any]] = []
-        self._hook = student.register_forward_hook(self._remember, with_kwargs=True)
+        self._given: tuple[Any, Any] | None = None
+        self._hooks = [
+            student.register_forward_pre_hook(self._take, with_kwargs=True),
+            student.register_forward_hook(self._remember),
+        ]
 
-    def _remember(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def _take(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._given = None
         if self.listening and module.training and torch.is_grad_enabled():
-            self._calls.append((args, kwargs, out))
+            # Copies: the student, or whoever owns the batch, may change it before the teacher sees it.
+            self._given = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+
+    def _remember(self, module: nn.Module, args: Any, out: Any) -> None:
+        if self._given is not None:
+            self._calls.append((*self._given, out))
+            self._given = None
 
     def loss(self) -> Tensor:
         """The mean loss of the student's calls since the last time, shape ``()``; these are then forgotten.
@@ -92,12 +104,13 @@ class Distillation:
 
     def forget(self) -> None:
         """Drop the calls so far, and what they keep in memory."""
-        self._calls = []
+        self._calls, self._given = [], None
 
     def remove(self) -> None:
         """Stop listening to the student."""
         self.forget()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def fingerprint(self) -> str:
         """Of the teacher's parameters and buffers: tells whether another process has the same teacher."""

@@ -27,6 +27,33 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def unchanged_tensors(model: nn.Module) -> Iterator[None]:
+    """Buffers, and tensors that modules keep as attributes, are afterwards what they were, whatever a forward stores there."""
+    buffers = [
+        (module, name, t, None if t.is_inference() else t._version, t.detach().clone())
+        for module in model.modules()
+        for name, t in module._buffers.items()
+        if t is not None
+    ]
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, t, version, value in buffers:
+                module._buffers[name] = t
+                if version is not None and t._version != version:
+                    # What it was filled with may have had a gradient.
+                    t.detach_().copy_(value)
+        for module, before in attributes:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, torch.Tensor) and before.get(name) is not value:
+                    vars(module).pop(name)
+                    if name in before:
+                        vars(module)[name] = before[name]
+
+
 def uncompiled() -> AbstractContextManager[Any]:
     """A compiled model would compile anew for a look. Nothing is compiled before the compiler has been imported."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -348,11 +348,24 @@ def watching(model: nn.Module, look: Callable[[str, Quantizer, Tensor], None]) -
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """While this lasts every site passes tensors through unchanged: the float model."""
+    """While this lasts every site passes tensors through unchanged: the float model, to the bit."""
+    with _switched(model, State.OFF):
+        yield
+
+
+@contextmanager
+def passing(model: nn.Module) -> Iterator[None]:
+    """As :func:`switched_off`, but every site is called: attention whose sites are off may take PyTorch's fused path."""
+    with _switched(model, State.COLLECTING):
+        yield
+
+
+@contextmanager
+def _switched(model: nn.Module, to: State) -> Iterator[None]:
     before = [(site, site.state) for _, site in quantizers(model)]
     try:
         for site, _ in before:
-            site.state = State.OFF
+            site.state = to
         yield
     finally:
         for site, state in before:

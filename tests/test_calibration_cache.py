@@ -183,3 +183,36 @@ def test_a_scale_that_gives_no_range_is_named_and_nothing_changes(tmp_path, scal
         load_calibration_cache(model, {**scales, tensor: scale}, onnx_path, images())
     assert snapshot(model) == before
     assert not any(quantizer.has_range for _, quantizer in quantizers(model))
+
+
+class Attending(nn.Module):
+    """Its attention reads, by the exporter, a sequence in another order than the module."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.into, self.attention = nn.Linear(16, 16), nn.MultiheadAttention(16, 2, batch_first=batch_first)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.into(x)
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_sites_of_attention_get_the_ranges_of_their_tensors(tmp_path, batch_first):
+    torch.manual_seed(0)
+    model, x = Attending(batch_first).eval(), torch.randn(2, 6, 16)
+    export_float(model, tmp_path / "float.onnx", example_inputs=x)
+    qat.prepare(model)
+    names = tensor_names(model, tmp_path / "float.onnx", x)
+    scales = dict.fromkeys((name for found in names.values() for name in found), 0.01)
+    result = load_calibration_cache(model, scales, tmp_path / "float.onnx", x)
+    assert result.unset == ()
+    assert {"attention.query_quantizer", "attention.out_quantizer", "into.input_quantizer"} <= set(result.sites)
+    assert all(site.has_range for _, site in quantizers(model))
+    assert float(model.attention.out_quantizer.amax) == pytest.approx(1.27)
+    weight = model.attention.in_proj_weight.detach().abs().amax(1)
+    torch.testing.assert_close(model.attention.in_weight_quantizer.amax, weight)
+    without = {name: scale for name, scale in scales.items() if name not in names["attention.out_quantizer"]}
+    with pytest.raises(QATError, match="out_quantizer: cache has no scale"):
+        load_calibration_cache(model, without, tmp_path / "float.onnx", x)

@@ -195,3 +195,24 @@ def test_a_loss_of_ones_own():
 
     fit(lit, callback(distill_from="float", distill_loss=loss))
     assert seen == [(torch.Size([8, 4]), False)] * 6
+
+
+class InPlace(torch.nn.Module):
+    """Normalizes its input in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x.sub_(1).div_(2))
+
+
+def test_the_teacher_sees_what_the_student_was_given():
+    torch.manual_seed(0)
+    model = InPlace().train()
+    distillation = Distillation(model, float_copy(model))
+    batch = torch.rand(8, 4)
+    model(batch)
+    batch.zero_()
+    assert float(distillation.loss()) == 0

@@ -525,3 +525,97 @@ def test_a_loader_that_shuffles_by_its_own_generator_shows_every_pass_the_same()
     qat.correct_biases(models[1], one_list, progress=False)
     assert torch.equal(generator.get_state(), state)
     assert all(torch.equal(value, models[1].state_dict()[name]) for name, value in models[0].state_dict().items())
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.attention = nn.Linear(16, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.after, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.into(x)
+        return self.head(F.relu(self.after(self.attention(x, x, x, need_weights=False)[0])).mean(1))
+
+
+def test_what_attention_clips_is_not_given_back_by_the_biases_behind_it():
+    torch.manual_seed(0)
+    model, data = Attending().eval(), [pixels(8, 6, 16)]
+    qat.prepare(model)
+    qat.calibrate(model, data, progress=False)
+    model.attention.query_quantizer.set_range(model.attention.query_quantizer.amax * 0.15)
+    found = qat.correct_biases(model, data, progress=False)
+    (after,) = [layer for layer in found.layers if layer.path == "after"]
+    # The clipped inputs move the mean by half of its deviation, rounding by a hundredth.
+    assert after.shift < 0.02 * after.spread
+    assert found.left["attention"].startswith("attention")
+    assert "attention" in qat.round_weights(model, data, steps=2, progress=False).left
+
+
+class Tied(nn.Module):
+    """A language model whose last layer is its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(20, 16), nn.Linear(16, 16)
+        self.out = nn.Linear(16, 20, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        return self.out(F.relu(self.layer(x)) + x)
+
+
+def test_a_weight_that_an_embedding_reads_too_is_not_rounded():
+    torch.manual_seed(0)
+    model, data = Tied().eval(), [torch.randint(0, 20, (8, 12)) for _ in range(4)]
+    qat.prepare(model, INT4_CONFIG)
+    qat.calibrate(model, data, progress=False)
+    before = model.embed.weight.detach().clone()
+    found = qat.round_weights(model, data, steps=50, progress=False)
+    assert torch.equal(model.embed.weight, before)
+    assert found.left == {"out": "shares its weight with a module that reads it as it is"}
+    assert [layer.path for layer in found.layers] == ["layer"]
+
+
+class Remembers(nn.Module):
+    """Counts its calls in a buffer, keeps its last features, and fills a buffer with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(8))
+        self.last = None
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        self.last = F.relu(self.a(x))
+        self.seen.copy_(self.last.mean(0))
+        return self.b(self.last)
+
+
+LOOKS = {
+    "layer_errors": qat.analysis.layer_errors,
+    "sensitivity": qat.analysis.sensitivity,
+    "estimate_sensitivity": qat.analysis.estimate_sensitivity,
+    "ranges": qat.analysis.ranges,
+    "clip_rates": qat.analysis.clip_rates,
+    "correct_biases": functools.partial(qat.correct_biases, progress=False),
+    "round_weights": functools.partial(qat.round_weights, steps=2, progress=False),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_what_a_forward_stores_is_afterwards_what_it_was(look):
+    torch.manual_seed(0)
+    model, data = Remembers().eval(), [pixels(4, 8), pixels(4, 8, seed=1)]
+    qat.prepare(model, qat.QuantConfig(head=()))
+    qat.calibrate(model, data, progress=False)
+    with torch.no_grad():
+        model(data[0])
+    held = {name: (t, t.clone()) for name, t in {**dict(model.named_buffers()), "last": model.last}.items()}
+    look(model, data)
+    now = {**dict(model.named_buffers()), "last": model.last}
+    assert all(now[name] is t and torch.equal(t, value) and not t.requires_grad for name, (t, value) in held.items())
+    copy.deepcopy(model)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..calibration.batches import run_batch
 from ..errors import QATError
-from ..modes import evaluating, isolated_random, uncompiled
+from ..modes import evaluating, isolated_random, unchanged_tensors, uncompiled
 from ..nn.add import QuantAdd
 from ..nn.attention import QuantAttention
 from ..nn.layers import CONVS, CONVS_TRANSPOSED, QuantLayer
@@ -145,13 +145,13 @@ def switching(model: nn.Module, layers: Collection[Layer]) -> Iterator[Switches]
 def running(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Any], Any]]]:
     """The model behind a wrapper, and how to run it on a batch: in evaluation mode, without gradients, uncompiled.
 
-    Modes and random streams are afterwards what they were.
+    Modes, buffers and random streams are afterwards what they were.
     """
     # DistributedDataParallel would wait for the other ranks.
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     tensor = next(chain(inner.parameters(), inner.buffers()), None)
     device = None if tensor is None else tensor.device
-    with evaluating(inner), isolated_random(inner), torch.no_grad(), uncompiled():
+    with evaluating(inner), unchanged_tensors(inner), isolated_random(inner), torch.no_grad(), uncompiled():
         # Copies, as a model may change its input in place, and sees each batch several times.
         yield inner, lambda batch: run_batch(inner, tree_map_only(Tensor, Tensor.clone, batch), device)
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..errors import QATError
 from ..inputs import call
-from ..modes import evaluating, uncompiled
+from ..modes import evaluating, unchanged_tensors, uncompiled
 from ..preparation import prepared_report
-from ..quantizer import Quantizer, WeightQuantizer, quantizers, set_ranges, switched_off, watching
+from ..quantizer import Quantizer, WeightQuantizer, passing, quantizers, set_ranges, watching
 from ..tensorrt.calibrators import CACHE_HEADER
 from ..tensorrt.files import read_whole
 from .fit import smallest_range
@@ -166,6 +166,9 @@ def load_calibration_cache(
     sites = {path: model.get_submodule(path) for path in ranges}
     set_ranges({site: ranges[p].to(site.amax.device) for p, site in sites.items() if isinstance(site, Quantizer)})
     unset = tuple(path for path, site in quantizers(model) if not site.has_range)
+    if unset:
+        notes.append(f"{', '.join(unset)}: example_inputs do not reach these sites, so they have no range")
+        warnings.warn(notes[-1], stacklevel=2)
     return Imported(report, taken, unset, tuple(notes))
 
 
@@ -180,7 +183,7 @@ def _observe(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[Tens
         elif not any(x is other for other in seen.setdefault(path, [])):
             seen[path].append(x.clone())
 
-    with switched_off(model), watching(model, look), evaluating(model), torch.no_grad(), uncompiled():
+    with passing(model), watching(model, look), evaluating(model), unchanged_tensors(model), torch.no_grad(), uncompiled():
         call(model, example_inputs)
     if not seen:
         raise QATError("model: not prepared, or example_inputs reach no site. Run qat.prepare(model) first")
@@ -202,13 +205,21 @@ def _graph_values(
 
 
 def _equal(x: Tensor, values: Mapping[str, np.ndarray]) -> list[str]:
-    """The tensors of the graph that equal ``x`` up to rounding, the nearest first."""
+    """The tensors of the graph that equal ``x`` up to rounding, the nearest first.
+
+    One of another shape may hold the same values in another order, as attention's do, which exporters put in the order of
+    the sequence: a range does not depend on that.
+    """
     wanted = x.detach().cpu().float().numpy()
     limit = _SAME * float(np.abs(wanted).max(initial=0.0))
+    in_order = np.sort(wanted, axis=None)
     found = []
     for name, value in values.items():
-        if value.shape == wanted.shape:
-            difference = float(np.abs(value.astype(np.float32) - wanted).max(initial=0.0))
-            if difference <= limit:
-                found.append((difference, name))
-    return [name for _, name in sorted(found)]
+        if value.size != wanted.size:
+            continue
+        value = value.astype(np.float32)
+        same_shape = value.shape == wanted.shape
+        difference = np.abs(value - wanted if same_shape else np.sort(value, axis=None) - in_order).max(initial=0.0)
+        if difference <= limit:
+            found.append((not same_shape, float(difference), name))
+    return [name for *_, name in sorted(found)]

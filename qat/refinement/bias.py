@@ -122,7 +122,7 @@ def _targets(model: nn.Module, passes: Passes) -> tuple[dict[str, tuple[str, Ten
             targets[path] = f"{norm}.running_mean", statistics
         else:
             left[path] = "no bias, and no batch normalization with statistics reads its output: give it a bias"
-    return targets, left
+    return targets, left | passes.attention()
 
 
 class _Moments:

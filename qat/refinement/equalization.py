@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import QATError
 from ..inputs import call, output_tensors
-from ..modes import evaluating, uncompiled
+from ..modes import evaluating, unchanged_tensors, uncompiled
 from ..nn.layers import is_conv_transposed, is_quantizable
 from ..preparation.check import check_model
 from ..quantizer import quantizers, switched_off
@@ -323,7 +323,8 @@ def _outputs(model: nn.Module, inputs: Any) -> Outputs:
 
     handles = [m.register_forward_hook(keep(path)) for path, m in model.named_modules() if is_quantizable(m)]
     try:
-        out = call(model, inputs)
+        with unchanged_tensors(model):
+            out = call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_map_only
 from ..calibration.batches import run_batch
 from ..calibration.collect import check_data
 from ..errors import QATError
-from ..modes import evaluating, isolated_random, keep_generators, uncompiled
+from ..modes import evaluating, isolated_random, keep_generators, unchanged_tensors, uncompiled
+from ..nn.attention import QuantAttention
 from ..nn.layers import QuantLayer
 from ..preparation.check import check_model
-from ..quantizer import Quantizer, State, WeightQuantizer, quantizers, switched_off
+from ..quantizer import Quantizer, State, WeightQuantizer, passing, quantizers
 from .wiring import Wiring, observe_wiring
 
 
@@ -72,10 +73,23 @@ class Passes:
             if isinstance(layer, QuantLayer) and layer.weight_quantizer.state is State.QUANTIZING
         }
 
+    def attention(self) -> dict[str, str]:
+        """Why quantizing attention is left, by path."""
+        return {
+            path: "attention: its projections are left as they are"
+            for path, module in self._model.named_modules()
+            if isinstance(module, QuantAttention) and module.query_quantizer.state is State.QUANTIZING
+        }
+
+    def held_besides(self, layers: Iterable[nn.Module]) -> set[int]:
+        """Identities of the parameters that modules other than ``layers`` hold."""
+        among = {id(layer) for layer in layers}
+        return {id(p) for module in self._model.modules() if id(module) not in among for p in module._parameters.values()}
+
     def run(self, model: nn.Module, batch: Any) -> None:
         """Run ``model`` on one batch, in evaluation mode and without gradients."""
         tensor = next(chain(model.parameters(), model.buffers()), None)
-        with evaluating(model), torch.no_grad(), uncompiled():
+        with evaluating(model), unchanged_tensors(model), torch.no_grad(), uncompiled():
             # A copy, as a model may change its input in place, and others are to see the same.
             run_batch(model, tree_map_only(Tensor, Tensor.clone, batch), None if tensor is None else tensor.device)
 
@@ -165,7 +179,7 @@ def clipping_only(model: nn.Module) -> Iterator[None]:
         return x.float().clamp(scale * site.fmt.qmin, scale * site.fmt.qmax).to(x.dtype)
 
     sites = [site for _, site in quantizers(model) if not isinstance(site, WeightQuantizer) and site.state is State.QUANTIZING]
-    with switched_off(model):
+    with passing(model):
         handles = [site.register_forward_hook(clip) for site in sites]
         try:
             yield

@@ -134,15 +134,19 @@ def _targets(passes: Passes) -> tuple[dict[str, QuantLayer], dict[str, str]]:
     layers: dict[str, QuantLayer] = {}
     left: dict[str, str] = {}
     weights: set[int] = set()
-    for path, layer in passes.layers().items():
+    chosen = passes.layers()
+    elsewhere = passes.held_besides(chosen.values())
+    for path, layer in chosen.items():
         if isinstance(layer, InterceptedLayer):
             left[path] = "its class has a forward of its own, which may compute the weight or pad the input"
         elif id(layer.weight) in weights:
             left[path] = "shares its weight with a layer that was rounded"
+        elif id(layer.weight) in elsewhere:
+            left[path] = "shares its weight with a module that reads it as it is"
         else:
             weights.add(id(layer.weight))
             layers[path] = layer
-    return layers, left
+    return layers, left | passes.attention()
 
 
 @dataclass

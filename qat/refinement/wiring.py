@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..inputs import tensors
-from ..modes import evaluating, uncompiled
+from ..modes import evaluating, unchanged_tensors, uncompiled
 from ..nn.layers import is_quantizable
 from ..preparation.run import Tracker
 from ..quantizer import switched_off
@@ -72,7 +72,7 @@ def observe_wiring(model: nn.Module, run: Callable[[nn.Module], Any]) -> Wiring:
                 handles.append(module.register_forward_hook(tracker.weighted_hook(path)))
             elif isinstance(module, _BatchNorm):
                 handles.append(module.register_forward_pre_hook(before_norm(path)))
-        with evaluating(model), switched_off(model), uncompiled(), torch.no_grad(), tracker:
+        with evaluating(model), unchanged_tensors(model), switched_off(model), uncompiled(), torch.no_grad(), tracker:
             run(model)
     finally:
         for handle in handles:
