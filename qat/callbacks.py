@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import math
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Transform
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,30 +31,45 @@ from torchmetrics import Metric, MetricCollection
 from .batchnorm import freeze_batch_norm, reestimate_batch_norm
 from .calibration import calibrate
 from .calibration.batches import run_batch
-from .checkpoints import CHECKPOINT_KEY, check_intact, check_same_configs, is_site_key, reports, settings_of
+from .calibration.collect import check_data
+from .checkpoints import (
+    CHECKPOINT_KEY,
+    check_intact,
+    check_same_configs,
+    frozen_by_config,
+    frozen_in,
+    is_site_key,
+    reports,
+    settings_of,
+)
 from .config import QuantConfig
 from .distillation import Distillation, float_copy
 from .errors import QATError
 from .export import export_onnx
-from .modes import evaluating, keep_generators, uncompiled
+from .inputs import call
+from .modes import evaluating, keep_generators, unchanged_tensors, uncompiled
 from .nonfinite import first_non_finite
 from .oscillation import oscillation_penalty, ramp
-from .quantizer import WeightQuantizer, is_prepared, quantizers
+from .preparation import Report, restore
+from .quantizer import Quantizer, State, WeightQuantizer, is_prepared, quantizers
 from .ranges import (
     clip_rates,
     freeze_ranges,
-    have_stale_ranges,
+    frozen_ranges,
     learned_ranges,
     range_drift,
     ranges_are_frozen,
     recorded_ranges,
     separate_ranges,
+    stale_ranges,
 )
 from .targets import LAYERS, layers, prepare_module
 
 DEFAULT_BATCHES = 32
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 _SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+# What the forward of a model raises that is run on something else than it takes.
+_ERRORS_OF_A_FORWARD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _OWN_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
 
 
@@ -155,6 +172,8 @@ class QATCallback(Callback):
         if not range_lr_factor > 0:
             raise QATError(f"range_lr_factor={range_lr_factor}: must be above 0")
         self.config = QuantConfig.from_dict(config) if isinstance(config, Mapping) else config
+        # Sub-models that are prepared already keep their other settings.
+        self._only_learn_scales = config is None and learn_scales is not None
         if learn_scales is not None:
             self.config = (self.config or QuantConfig()).replace(learn_scales=learn_scales)
         self.calibration = dict(calibration or {})
@@ -170,6 +189,10 @@ class QATCallback(Callback):
         if reestimate_bn is not None and reestimate_bn < 1:
             raise QATError(f"reestimate_bn={reestimate_bn}: must be a number of batches from 1, or None")
         self.reestimate_bn = reestimate_bn
+        if calibration_data is not None:
+            if callable(calibration_data) and not hasattr(calibration_data, "__iter__"):
+                raise QATError("calibration_data: is a function; pass a loader or a list of batches")
+            check_data(calibration_data, None)
         self.calibration_data = calibration_data
         self.forward = forward
         self.target = (target,) if isinstance(target, str) else None if target is None else tuple(target)
@@ -189,6 +212,7 @@ class QATCallback(Callback):
         self._fingerprint: str | None = None
         self._load_hooks: list[Any] = []
         self._last_step: tuple[Any, Any] | None = None
+        self._still: dict[str, nn.Module] = {}
 
     # Insertion
 
@@ -208,21 +232,21 @@ class QATCallback(Callback):
         # Layers made in this hook must exist now; Lightning requires it to work when it is called again.
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()
-        was_prepared = bool(reports(pl_module))
-        prepare_module(pl_module, self.config, self.target)
+        before = reports(pl_module)
+        was_prepared = bool(before)
+        prepare_module(pl_module, self._config_for(before), self.target)
+        try:
+            self._check(trainer, pl_module, stage)
+        except QATError:
+            for path in reports(pl_module).keys() - before.keys():
+                restore(pl_module.get_submodule(path))
+            raise
         if stage == "fit" and not was_prepared and trainer.world_size > 1 and multiprocessing.parent_process() is not None:
             # ddp_spawn, ddp_fork and ddp_notebook: back there Lightning copies the weights that it finds by name.
             rank_zero_warn(
                 "the process that called fit gets the weights, but no ranges: there the model is not prepared. To use it after "
                 "fit, call qat.prepare on it before, or qat.load_from_checkpoint afterwards"
             )
-        if self.distill_from is not None and stage == "fit":
-            # Before a checkpoint is loaded: the weights are those that fit begins with.
-            self._set_teacher(trainer, pl_module)
-        if self.export is not None and stage == "fit":
-            self._exported(pl_module)
-        if stage == "fit" and learned_ranges(pl_module):
-            _check_order(trainer, self)
         # LightningModule.setup comes after this hook.
         self._seen = None if was_prepared or self.target else {id(layer) for layer in layers(pl_module)}
         self._remove_load_hooks()
@@ -231,6 +255,31 @@ class QATCallback(Callback):
             pl_module.register_load_state_dict_post_hook(_freeze_stale_ranges(trainer)),
         ]
 
+    def _config_for(self, found: Mapping[str, Report]) -> QuantConfig | None:
+        """The configuration to prepare with; ``None`` takes what is prepared as it is."""
+        if not found or not self._only_learn_scales:
+            return self.config
+        assert self.config is not None
+        for path, report in found.items():
+            if report.config.learn_scales != self.config.learn_scales:
+                raise QATError(
+                    f"{path or 'the LightningModule'} is prepared already, with another learn_scales: call qat.restore on it "
+                    "first, or leave learn_scales out"
+                )
+        return None
+
+    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """What depends on the prepared sub-models."""
+        if stage != "fit":
+            return
+        if self.distill_from is not None:
+            # Before a checkpoint is loaded: the weights are those that fit begins with.
+            self._set_teacher(trainer, pl_module)
+        if self.export is not None:
+            self._exported(pl_module)
+        if learned_ranges(pl_module):
+            _check_order(trainer, self)
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop what belongs to one run of the trainer."""
         if self._distillation is not None:
@@ -238,6 +287,7 @@ class QATCallback(Callback):
             self._distillation = None
         self._remove_load_hooks()
         self._last_step = None
+        self._still = {}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """As ``teardown``, which is not called then: the module may be used again."""
@@ -277,6 +327,20 @@ class QATCallback(Callback):
             raise QATError(f"export: {folder} is no folder to write {Path(options['path']).name} into. Make it first")
         return pl_module.get_submodule(paths[0]), options
 
+    def _check_export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Run the model on the inputs that it is to be exported with."""
+        model, options = self._exported(pl_module)
+        inputs = trainer.precision_plugin.convert_input(move_data_to_device(options["example_inputs"], pl_module.device))
+        try:
+            forward = trainer.precision_plugin.forward_context()
+            with evaluating(model), unchanged_tensors(model), isolate_rng(), torch.no_grad(), uncompiled(), forward:
+                call(model, inputs)
+        except _ERRORS_OF_A_FORWARD as error:
+            raise QATError(
+                f"export: the model cannot be run on example_inputs: {error}. Pass export={{'path': ..., 'example_inputs': "
+                "...}} with what the model itself takes, which may be other than what the LightningModule takes"
+            ) from error
+
     def _remove_load_hooks(self) -> None:
         for hook in self._load_hooks:
             hook.remove()
@@ -305,8 +369,15 @@ class QATCallback(Callback):
         ranges = checkpoint.get(CHECKPOINT_KEY, {}).get("first_ranges", {})
         self._ranges = move_data_to_device(dict(ranges), pl_module.device)
         # The weights and ranges are loaded already.
-        if checkpoint.get(CHECKPOINT_KEY, {}).get("frozen_ranges"):
-            _freeze_all(trainer, pl_module, refresh=False)
+        frozen = frozen_in(checkpoint.get(CHECKPOINT_KEY, {}), pl_module)
+        if trainer.training:
+            more = sorted(frozen_ranges(pl_module) - frozen_by_config(pl_module) - frozen)
+            if more and CHECKPOINT_KEY in checkpoint:
+                raise QATError(
+                    f"{more[0]}: its range is frozen here, and moved when the checkpoint was saved. Build the LightningModule "
+                    "anew to resume from it"
+                )
+        _freeze_all(trainer, pl_module, refresh=False, sites=frozen)
 
     # Training
 
@@ -317,16 +388,20 @@ class QATCallback(Callback):
             _check_freezable(trainer, pl_module)
         ranges_to_float32(pl_module)
         if self._distillation is not None:
-            self._distillation.teacher.to(pl_module.device)
+            teacher = self._distillation.teacher.to(pl_module.device)
+            self._distillation.teacher = trainer.precision_plugin.convert_module(teacher)
         self._check_layers(pl_module)
+        if self.export is not None:
+            self._check_export(trainer, pl_module)
         lost = self._separate_ranges(trainer, pl_module)
+        _check_averaging(trainer)
         if lost:
             rank_zero_warn(
                 f"no optimizer has the learned ranges of {len(lost)} sites, so they stay: {', '.join(lost[:3])}, ..."
             )
         models = [pl_module.get_submodule(path) for path in reports(pl_module)]
         left = [model for model in models if not _has_ranges(model)]
-        if not left:
+        if not left or (trainer.limit_train_batches == 0 and self.calibration_data is None):
             return
         # Outside isolate_rng: the loader built here is the one that training uses, and draws what it would have drawn.
         trainer.fit_loop.setup_data()
@@ -386,20 +461,35 @@ class QATCallback(Callback):
         with isolate_rng(), keep_generators(data.flattened if combined else [data]), uncompiled():
             shown = (batch for batch, *_ in iter(data)) if combined else iter(data)
             for batch in itertools.islice(shown, batches):
-                self._run(trainer, pl_module, trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch)))
+                # In the order of Lightning's own loop.
+                batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+                self._run(trainer, pl_module, trainer.strategy.batch_to_device(batch))
                 count += 1
         return count
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
         """Run the module on a batch as its steps see it, which is behind the hooks of the transfer to a device."""
         with trainer.precision_plugin.forward_context():
-            return (self.forward or run_module)(pl_module, batch)
+            if self.forward is not None:
+                return self.forward(pl_module, batch)
+            try:
+                return run_module(pl_module, batch)
+            except _ERRORS_OF_A_FORWARD as error:
+                raise QATError(
+                    f"{type(pl_module).__name__} cannot be run on a batch as its first element: {error}. "
+                    "Pass QATCallback(forward=lambda module, batch: ...)"
+                ) from error
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freeze what is due when training starts or resumes in the middle of an epoch."""
         if self.log_ranges is not None and not self._ranges:
             self._ranges = recorded_ranges(pl_module)
         self._ranges = move_data_to_device(self._ranges, pl_module.device)
+        if self.dampen_oscillations and not 0 < trainer.estimated_stepping_batches < math.inf:
+            raise QATError(
+                "dampen_oscillations: grows towards the last step, and the loader or the trainer does not say how many steps "
+                "there are. Use Trainer(max_steps=...)"
+            )
         self._freeze(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -414,8 +504,10 @@ class QATCallback(Callback):
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.freeze_bn_epoch is not None and trainer.current_epoch >= self.freeze_bn_epoch:
+            self._still = {}
             for path in reports(pl_module):
-                freeze_batch_norm(pl_module.get_submodule(path))
+                part = pl_module.get_submodule(path)
+                self._still |= {f"{path}.{name}".strip("."): part.get_submodule(name) for name in freeze_batch_norm(part)}
         due = self.freeze_ranges_epoch is not None and trainer.current_epoch >= self.freeze_ranges_epoch
         if due and not ranges_are_frozen(pl_module):
             _freeze_all(trainer, pl_module, refresh=True)
@@ -445,7 +537,14 @@ class QATCallback(Callback):
             if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
                 # Of bf16-true: files are float32 between Q/DQ.
                 model = copy.deepcopy(model).float()
-            export_onnx(model, example_inputs=inputs, **options)
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                # Lightning keeps no checkpoints then, and a good file may be there.
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / Path(options.pop("path")).name
+                    export_onnx(model, path, example_inputs=inputs, **options)
+                rank_zero_info("fast_dev_run: the export works; its file is not kept")
+            else:
+                export_onnx(model, example_inputs=inputs, **options)
         trainer.strategy.barrier("qat.export")
 
     # Non-finite losses
@@ -456,6 +555,12 @@ class QATCallback(Callback):
         """Average batch-norm statistics after the last step; remember the step, unread: that would synchronise every time."""
         if self._distillation is not None:
             self._distillation.listening = False
+        moved = next((path for path, norm in self._still.items() if norm.training), None)
+        if moved is not None:
+            raise QATError(
+                f"{moved}: its statistics are frozen, and training_step put it into training mode. Call train() on the parts "
+                "that need it, or use QATCallback(freeze_bn_epoch=None)"
+            )
         # In manual optimization the outputs of a step may be anything.
         self._last_step = (outputs.get("loss") if isinstance(outputs, Mapping) else outputs, batch)
         if not (trainer.is_last_batch or 0 < trainer.max_steps <= trainer.global_step):
@@ -470,17 +575,26 @@ class QATCallback(Callback):
     def _log_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         rates: dict[str, float] = {}
         try:
-            with evaluating(pl_module), uncompiled():
+            with evaluating(pl_module), unchanged_tensors(pl_module), isolate_rng(), uncompiled():
                 rates = clip_rates(pl_module, lambda module: self._run(trainer, pl_module, batch))
-        except (QATError, TypeError) as error:
+        except _ERRORS_OF_A_FORWARD as error:
             # Nobody has run the module on a batch before if it was calibrated by hand.
             rank_zero_warn(
                 f"log_ranges: no clip rates, as the model cannot be run on a batch: {error} Or pass QATCallback(forward=...)"
             )
+        mean = sum(rates.values()) / len(rates) if rates else math.nan
+        if trainer.world_size > 1:
+            # Processes that log other values would wait for each other: data may not reach a site, or not run.
+            paths = [path for path, site in quantizers(pl_module) if site.state is State.QUANTIZING]
+            rates = {path: rates.get(path, math.nan) for path in paths}
         found = {"clip_rate": rates, "range_drift": range_drift(pl_module, self._ranges)}
-        values = {f"qat/{kind}/max": max(of.values()) for kind, of in found.items() if of}
+        values = {
+            f"qat/{kind}/max": max((v for v in of.values() if not math.isnan(v)), default=math.nan)
+            for kind, of in found.items()
+            if of
+        }
         if rates:
-            values["qat/clip_rate/mean"] = sum(rates.values()) / len(rates)
+            values["qat/clip_rate/mean"] = mean
         if self.log_ranges == "sites":
             found["range"] = {path: float(amax.max()) for path, amax in recorded_ranges(pl_module).items()}
             values |= {f"qat/{kind}/{path}": value for kind, of in found.items() for path, value in of.items()}
@@ -503,9 +617,10 @@ class QATCallback(Callback):
         if not isinstance(loss, Tensor) or bool(loss.isfinite().all()):
             return
         try:
-            site = first_non_finite(pl_module, lambda module: self._run(trainer, pl_module, batch))
+            with isolate_rng():
+                site = first_non_finite(pl_module, lambda module: self._run(trainer, pl_module, batch))
             found = f"first seen by {site}" if site else "every site saw finite values only: look at what follows the last one"
-        except (QATError, TypeError) as error:
+        except _ERRORS_OF_A_FORWARD as error:
             found = f"by which site first is not known ({error})"
         raise QATError(
             f"the training loss is {loss.mean().item()} in epoch {trainer.current_epoch}, {found}. "
@@ -572,6 +687,18 @@ def check_compatible(trainer: pl.Trainer, callback: QATCallback) -> None:
             raise QATError(f"{name} copies the model before it is prepared: list QATCallback before {name}")
 
 
+def _check_averaging(trainer: pl.Trainer) -> None:
+    """Refuse learning rates of stochastic weight averaging that are fewer than the parameter groups, ranges included."""
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        rates = other._swa_lrs if isinstance(other, StochasticWeightAveraging) else None
+        for optimizer in trainer.optimizers:
+            if isinstance(rates, list) and len(rates) != len(optimizer.param_groups):
+                raise QATError(
+                    f"StochasticWeightAveraging(swa_lrs={rates}): the optimizer has {len(optimizer.param_groups)} parameter "
+                    "groups, one for learned ranges behind each that had some. Pass one rate for all"
+                )
+
+
 def _check_order(trainer: pl.Trainer, callback: QATCallback) -> None:
     """Refuse callbacks that keep account of parameter groups and would do so before those of ranges exist."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -600,11 +727,13 @@ def _show_to_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Non
             twin.state = site.state
 
 
-def _freeze_all(trainer: pl.Trainer, pl_module: pl.LightningModule, *, refresh: bool) -> None:
+def _freeze_all(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, *, refresh: bool, sites: Collection[str] | None = None
+) -> None:
     """Freeze ranges of the module, and of averages as they are."""
-    freeze_ranges(pl_module, refresh=refresh)
+    freeze_ranges(pl_module, refresh=refresh, sites=sites)
     for average in _averages(trainer):
-        freeze_ranges(average, refresh=False)
+        freeze_ranges(average, refresh=False, sites=sites)
 
 
 def _own_iterator(loader: Any) -> Any:
@@ -647,10 +776,9 @@ def _freeze_stale_ranges(trainer: pl.Trainer) -> Callable[..., None]:
     """A hook for checkpoints without the state of callbacks (``save_weights_only``), which do not tell of frozen ranges."""
 
     def freeze(module: nn.Module, keys: Any) -> None:
-        if trainer.ckpt_path is None or not have_stale_ranges(module):
-            return
-        if CHECKPOINT_KEY not in trainer.strategy.load_checkpoint(trainer.ckpt_path):
-            freeze_ranges(module, refresh=False)
+        loaded = _loaded(trainer)
+        if loaded and CHECKPOINT_KEY not in loaded:
+            freeze_ranges(module, refresh=False, sites=stale_ranges(module))
 
     return freeze
 
@@ -662,16 +790,27 @@ def _load_guard(trainer: pl.Trainer) -> Callable[..., None]:
     """
 
     def check(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) -> None:
+        loaded = _loaded(trainer)
         held = {key for key in state_dict if is_site_key(key, state_dict)}
-        own = module.state_dict()
-        needed = {key for key in own if is_site_key(key, own)}
-        if trainer.ckpt_path is None or held == needed:
+        # Not by its state dict: that may be overridden to hold only what trains.
+        sites = ((path, site) for path, site in module.named_modules(remove_duplicate=False) if isinstance(site, Quantizer))
+        needed = {f"{path}.amax" for path, _ in sites}
+        if not loaded or held == needed:
             return
+        if held or CHECKPOINT_KEY in loaded:
+            check_same_configs(loaded, module)
         if not held:
             raise QATError(
-                f"{trainer.ckpt_path}: a checkpoint of the float model. Load it into the LightningModule before fit, "
+                f"{trainer.ckpt_path}: holds sites without their ranges. Keep '*.amax' where state_dict or on_save_checkpoint "
+                "leaves entries out"
+                if CHECKPOINT_KEY in loaded
+                else f"{trainer.ckpt_path}: a checkpoint of the float model. Load it into the LightningModule before fit, "
                 "without ckpt_path"
             )
-        check_same_configs(trainer.strategy.load_checkpoint(trainer.ckpt_path), module)
 
     return check
+
+
+def _loaded(trainer: pl.Trainer) -> dict[str, Any]:
+    """The checkpoint that Lightning is loading at present; empty while a module loads a state dict by itself."""
+    return trainer._checkpoint_connector._loaded_checkpoint

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import get_crc32_options
 
-from .config import QuantConfig
+from .config import QuantConfig, Rule
 from .errors import QATError
 from .preparation import Report, prepare, prepared_report, restore
-from .ranges import freeze_ranges, ranges_are_frozen
+from .quantizer import WeightQuantizer, quantizers
+from .ranges import freeze_ranges, frozen_ranges
 
 CHECKPOINT_KEY = "qat"
 
@@ -68,8 +69,8 @@ def quantized_state(model: nn.Module) -> dict[str, Any]:
         model: A prepared model, or one with prepared sub-models.
 
     Returns:
-        Tensors and plain values: ``state_dict``, and under ``qat`` the configurations by the path of the sub-model and whether
-        ranges are frozen. Checkpoints of :class:`~qat.QATCallback` hold the same.
+        Tensors and plain values: ``state_dict``, and under ``qat`` the configurations by the path of the sub-model and the
+        paths of the frozen ranges. Checkpoints of :class:`~qat.QATCallback` hold the same.
 
     Raises:
         QATError: If nothing is prepared.
@@ -124,7 +125,8 @@ def load_quantized_state(model: nn.Module, saved: Mapping[str, Any], *, example_
         ]
         if wrong:
             raise QATError(f"saved: does not fit the model: {wrong[0]} is missing, unexpected or of another shape")
-        if not done and ranges_are_frozen(model) and not settings.get("frozen_ranges"):
+        frozen = frozen_in(settings, model)
+        if frozen_ranges(model) - frozen_by_config(model) - frozen:
             raise QATError("model: its ranges are frozen, those of the saved one were not. Call qat.restore on it first")
         before = copy.deepcopy(own)
         model.load_state_dict(state)
@@ -136,8 +138,7 @@ def load_quantized_state(model: nn.Module, saved: Mapping[str, Any], *, example_
         if isinstance(error, QATError):
             raise
         raise QATError(f"saved: does not fit the model: {error}") from error
-    if settings.get("frozen_ranges"):
-        freeze_ranges(model, refresh=False)
+    freeze_ranges(model, refresh=False, sites=frozen)
 
 
 def _part(model: nn.Module, path: str) -> nn.Module:
@@ -154,7 +155,33 @@ def reports(model: nn.Module) -> dict[str, Report]:
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
     """What a checkpoint keeps under ``CHECKPOINT_KEY``, as plain values."""
-    return {"configs": configs_of(model), "frozen_ranges": ranges_are_frozen(model)}
+    return {"configs": configs_of(model), "frozen_ranges": sorted(frozen_ranges(model))}
+
+
+def frozen_in(settings: Mapping[str, Any], model: nn.Module) -> set[str]:
+    """Paths of the sites that were frozen, by what a checkpoint keeps under ``CHECKPOINT_KEY``.
+
+    Raises:
+        QATError: If that is no list of paths.
+    """
+    frozen = settings.get("frozen_ranges", [])
+    if isinstance(frozen, bool):
+        # As it was written before: all or none.
+        return {path for path, _ in quantizers(model)} if frozen else set()
+    if not isinstance(frozen, list) or not all(isinstance(path, str) for path in frozen):
+        raise QATError(f"frozen_ranges: {frozen!r} in the checkpoint is no list of paths")
+    return set(frozen)
+
+
+def frozen_by_config(model: nn.Module) -> set[str]:
+    """Paths of the sites that never followed their weight."""
+    found = set()
+    for root, report in reports(model).items():
+        for path, site in quantizers(model.get_submodule(root)):
+            layer = path.rpartition(".")[0]
+            if isinstance(site, WeightQuantizer) and report.config.site(layer).weight_range == "frozen":
+                found.add(f"{root}.{path}".strip("."))
+    return found
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -175,8 +202,12 @@ def configs_of(model: nn.Module) -> dict[str, dict[str, Any]]:
 def changed_settings(path: str, prepared: QuantConfig, given: QuantConfig) -> list[str]:
     """The settings that were given and are others than those of what is prepared at ``path``."""
     found = _differing(prepared.to_dict(), given.to_dict())
-    # A whole LightningModule has rules of its own for the children that it leaves alone.
-    return [] if not path and found == ["rules"] else found
+    if not path and "rules" in found:
+        # A whole LightningModule has more rules, for the children that it leaves alone.
+        own, more = prepared.rules[: len(given.rules)], prepared.rules[len(given.rules) :]
+        if own == given.rules and all(rule == Rule(rule.match, quantize=False) for rule in more):
+            found.remove("rules")
+    return found
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

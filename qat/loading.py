@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 
-from .checkpoints import CHECKPOINT_KEY, changed_settings, check_intact, is_site_key
+from .checkpoints import CHECKPOINT_KEY, changed_settings, check_intact, frozen_in, is_site_key
 from .config import QuantConfig
 from .errors import QATError
 from .preparation import prepare
-from .ranges import freeze_ranges, have_stale_ranges
+from .ranges import freeze_ranges, stale_ranges
 from .targets import prepare_module
 
 Module = TypeVar("Module", bound=pl.LightningModule)
@@ -75,6 +76,12 @@ def load_from_checkpoint(
             for name, settings in saved.items():
                 prepare(_child(self, name, path), QuantConfig.from_dict(settings), example_inputs=example)
         elif sites:
+            if given is None:
+                # Ranges of other formats have the same names and shapes.
+                warnings.warn(
+                    f"{os.fspath(path)} does not hold the settings of its sites: the defaults are assumed. Pass config=",
+                    stacklevel=2,
+                )
             prepare_module(self, given)
         self.on_load_checkpoint(checkpoint)
 
@@ -87,8 +94,8 @@ def load_from_checkpoint(
         hint = "" if saved or not sites else ". It does not hold the settings of its sites: pass config="
         raise QATError(f"{os.fspath(path)}: does not fit {module_class.__name__}{hint}: {error}") from error
     settings = checkpoint.get(CHECKPOINT_KEY)
-    if quantized and (have_stale_ranges(module) if settings is None else settings.get("frozen_ranges")):
-        freeze_ranges(module, refresh=False)
+    if quantized:
+        freeze_ranges(module, refresh=False, sites=stale_ranges(module) if settings is None else frozen_in(settings, module))
     return module
 
 

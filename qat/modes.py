@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -83,10 +84,23 @@ def keep_generators(loaders: Iterable[Any]) -> Iterator[None]:
         for sampler in (getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
         for owner in (data, sampler, getattr(sampler, "sampler", None))
     ]
-    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
-    states = [generator.get_state() for generator in generators]
+    held = [value for owner in owners for value in getattr(owner, "__dict__", {}).values()]
+    restores = [restore for value in held if (restore := _rewinding(value)) is not None]
     try:
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        for restore in restores:
+            restore()
+
+
+def _rewinding(generator: Any) -> Callable[[], Any] | None:
+    """What puts a random generator back to where it is now; ``None`` for anything else."""
+    if isinstance(generator, torch.Generator):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, np.random.RandomState):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.Generator):
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    return None

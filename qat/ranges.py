@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ _SEPARATE = "qat_ranges"
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs", "base_momentums", "max_momentums", "base_values")
 
 
-def freeze_ranges(model: nn.Module, *, refresh: bool = True) -> list[str]:
+def freeze_ranges(model: nn.Module, *, refresh: bool = True, sites: Collection[str] | None = None) -> list[str]:
     """Stop every range, in place: those of weights keep their present value, learned ones no longer train.
 
     The flags are no part of a state dict. To load one that was saved afterwards, prepare with
@@ -30,6 +30,7 @@ def freeze_ranges(model: nn.Module, *, refresh: bool = True) -> list[str]:
     Args:
         model: A prepared and calibrated model.
         refresh: First record the present maxima of the weights whose ranges follow them. Without, the recorded ones stay.
+        sites: Paths of the quantizers to stop; ``None`` means all.
 
     Returns:
         Paths of the quantizers that were stopped. A weight that is computed anew in each forward (weight standardization)
@@ -41,6 +42,8 @@ def freeze_ranges(model: nn.Module, *, refresh: bool = True) -> list[str]:
     recorded = _recorded(model)
     stopped = []
     for path, site in quantizers(model):
+        if sites is not None and path not in sites:
+            continue
         if isinstance(site, WeightQuantizer) and site.follow and id(site) in recorded:
             site.follow = False
             stopped.append(path)
@@ -50,6 +53,17 @@ def freeze_ranges(model: nn.Module, *, refresh: bool = True) -> list[str]:
     return stopped
 
 
+def frozen_ranges(model: nn.Module) -> set[str]:
+    """Paths of the quantizers whose range could move, and does not: of weights that it does not follow, and learned ones."""
+    recorded = _recorded(model)
+    return {
+        path
+        for path, site in quantizers(model)
+        if (site.learned and not site.amax.requires_grad)
+        or (isinstance(site, WeightQuantizer) and not site.learned and id(site) in recorded and not site.follow)
+    }
+
+
 def ranges_are_frozen(model: nn.Module) -> bool:
     """Whether a prepared model has sites, and nothing is left for :func:`freeze_ranges` to stop."""
     recorded = _recorded(model)
@@ -57,19 +71,23 @@ def ranges_are_frozen(model: nn.Module) -> bool:
     return bool(moving) and not any(moving)
 
 
-def have_stale_ranges(model: nn.Module) -> bool:
-    """Whether a range that is to follow its weight is another than the weight has now.
+def stale_ranges(model: nn.Module) -> set[str]:
+    """Paths of the quantizers whose range is to follow its weight, and is another than the weight has now.
 
     A state dict holds up-to-date ones. Loaded from one, they differ only if they were frozen when it was saved.
     """
     recorded = _recorded(model)
-    following = [s for _, s in quantizers(model) if id(s) in recorded and s.follow and s.state is State.QUANTIZING]
-    before = [site.amax.detach().clone() for site in following]
+    following = {
+        path: site
+        for path, site in quantizers(model)
+        if isinstance(site, WeightQuantizer) and id(site) in recorded and site.follow and site.state is State.QUANTIZING
+    }
+    before = {path: site.amax.detach().clone() for path, site in following.items()}
     recorded_ranges(model)
-    changed = [not torch.equal(site.amax, old) for site, old in zip(following, before, strict=True)]
-    for site, old in zip(following, before, strict=True):
-        site.amax.data.copy_(old)
-    return any(changed)
+    changed = {path for path, site in following.items() if not torch.equal(site.amax, before[path])}
+    for path, site in following.items():
+        site.amax.data.copy_(before[path])
+    return changed
 
 
 def _recorded(model: nn.Module) -> set[int]:
@@ -124,11 +142,13 @@ def separate_ranges(
             if not own:
                 continue
             found.update(id(p) for p in own)
+            if isinstance(optimizer, torch.optim.LBFGS):
+                # Takes one group, and has no weight decay.
+                continue
             rest = [p for p in group["params"] if id(p) not in ranges]
             target, source = group, None
             if rest:
-                group["params"] = rest
-                target, source = {**group, "params": own}, position
+                target, source = _split(group, own), position
                 optimizer.param_groups.append(target)
             target[_SEPARATE] = True
             if "weight_decay" in target:
@@ -139,12 +159,29 @@ def separate_ranges(
     return [path for path, site in quantizers(model) if site.learned and site.amax.requires_grad and id(site.amax) not in found]
 
 
+def _split(group: dict[str, Any], own: Sequence[Tensor]) -> dict[str, Any]:
+    """Take the ranges ``own`` out of a group, in place, and return a group for them."""
+    ranges = {id(p) for p in own}
+    params = group["params"]
+    target = {**group, "params": list(own)}
+    if "name" in group:
+        # Lightning's monitor asks for different ones.
+        target["name"] = f"{group['name']}_ranges"
+    if "param_names" in group:
+        named = list(zip(params, group["param_names"], strict=True))
+        target["param_names"] = [name for p, name in named if id(p) in ranges]
+        group["param_names"] = [name for p, name in named if id(p) not in ranges]
+    group["params"] = [p for p in params if id(p) not in ranges]
+    return target
+
+
 def _join(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ranges: set[int]) -> None:
     """Add the ranges that are in no optimizer to the groups of their layers, or of the block that an Add belongs to."""
     groups = {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for path, site in quantizers(model):
         if not isinstance(site.amax, nn.Parameter) or not site.amax.requires_grad or id(site.amax) in groups:
             continue
+        name = f"{path}.amax"
         while path:
             path = path.rpartition(".")[0]
             others = [p for p in model.get_submodule(path).parameters() if id(p) not in ranges]
@@ -153,6 +190,8 @@ def _join(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ranges:
                 if all(id(p) in groups for p in others):
                     group = groups[id(others[0])]
                     group["params"].append(site.amax)
+                    if "param_names" in group:
+                        group["param_names"].append(name)
                     groups[id(site.amax)] = group
                 break
 

@@ -44,6 +44,35 @@ def test_a_float_model_becomes_the_one_that_was_saved(config, frozen, tmp_path):
     assert [path for path, _ in quantizers(other)] == [path for path, _ in quantizers(model)]
 
 
+def test_ranges_that_were_frozen_in_part_are_frozen_in_part():
+    model = trained()
+    freeze_ranges(model[0])
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    other = make_net()
+    load_quantized_state(other, quantized_state(model))
+    assert torch.equal(outputs(other), outputs(model))
+    assert [getattr(site, "follow", None) for _, site in quantizers(other)] == [
+        getattr(site, "follow", None) for _, site in quantizers(model)
+    ]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_states_that_say_frozen_or_not_are_read_too(frozen):
+    """As they were written before they named the sites."""
+    model = trained()
+    if frozen:
+        freeze_ranges(model)
+    saved = quantized_state(model)
+    saved["qat"]["frozen_ranges"] = frozen
+    other = make_net()
+    load_quantized_state(other, saved)
+    assert ranges_are_frozen(other) == frozen
+    saved["qat"]["frozen_ranges"] = "all"
+    with pytest.raises(qat.QATError, match="frozen_ranges: 'all' in the checkpoint is no list"):
+        load_quantized_state(make_net(), saved)
+
+
 def test_a_model_that_is_prepared_already_only_loads():
     model, other = trained(), trained()
     with torch.no_grad():

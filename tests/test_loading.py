@@ -94,6 +94,11 @@ def test_weights_only_needs_the_settings_if_they_are_not_the_defaults(trained, t
         qat.load_from_checkpoint(Sized, tmp_path / "weights.ckpt", config={"weight_granularity": "tensor"})
 
 
+def test_settings_that_a_checkpoint_does_not_hold_are_not_assumed_silently(trained, tmp_path):
+    with pytest.warns(UserWarning, match=r"weights\.ckpt does not hold the settings of its sites: the defaults are assumed"):
+        qat.load_from_checkpoint(Sized, tmp_path / "weights.ckpt")
+
+
 def test_model_checkpoint_of_weights_only(tmp_path):
     lit = Lit()
     saver = ModelCheckpoint(tmp_path, "best", save_weights_only=True)
