@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 
-from .checkpoints import CHECKPOINT_KEY, changed_settings, check_intact, frozen_in, is_site_key
+from .checkpoints import CHECKPOINT_KEY, UNREADABLE, changed_settings, check_intact, frozen_in, is_site_key
 from .config import QuantConfig
 from .errors import QATError
 from .preparation import prepare
@@ -107,13 +106,15 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise
     except FileNotFoundError as error:
         raise QATError(f"{os.fspath(path)}: no such file") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise QATError(
             f"{os.fspath(path)}: damaged, or no checkpoint that can be read without executing code in it: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise QATError(f"{os.fspath(path)}: no checkpoint of a LightningModule: it has no state_dict")
+    if not isinstance(checkpoint.get(CHECKPOINT_KEY, {}), dict):
+        raise QATError(f"{os.fspath(path)}: damaged: its entry {CHECKPOINT_KEY!r} is no dictionary")
     return checkpoint
 
 

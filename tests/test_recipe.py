@@ -678,6 +678,36 @@ def test_a_damaged_run_is_refused_by_name(finished, tmp_path):
         open_run(tmp_path)
 
 
+def test_a_run_does_not_choose_where_data_are_written(finished, tmp_path):
+    metrics = json.loads((finished[1] / "metrics.json").read_text())
+    metrics["settings"] |= {"data": "fashion-mnist", "data_dir": str(tmp_path / "chosen")}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(QATError, match=r"data_dir: the run has its data in .*Pass --data-dir"):
+        open_run(tmp_path)
+    assert not (tmp_path / "chosen").exists()
+    metrics["settings"] |= {"data": "digits", "image_size": 10**30}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(QATError, match=r"metrics\.json: its data cannot be made"):
+        open_run(tmp_path, data_dir=str(tmp_path))
+
+
+def test_damaged_weights_are_refused_whatever_is_damaged(tmp_path):
+    path, state = tmp_path / "weights.pt", build("resnet20", 10).state_dict()
+    rng = np.random.RandomState(0)
+    refused = 0
+    for legacy in (False, True):
+        torch.save({"state_dict": {"conv1.weight": state["conv1.weight"]}}, path, _use_new_zipfile_serialization=not legacy)
+        whole = bytearray(path.read_bytes())
+        for position in rng.choice(min(len(whole), 600), 60, replace=False):
+            damaged = whole.copy()
+            damaged[position] ^= 1 << rng.randint(8)
+            path.write_bytes(damaged)
+            with pytest.raises(QATError, match="weights="):
+                load_weights(build("resnet20", 10), str(path))
+            refused += 1
+    assert refused == 120
+
+
 COMPARED = {"epochs": 1, "qat_epochs": 1, "device": "cpu", "compare": True, "rounding_steps": 20, "calibration_images": 64}
 
 

@@ -619,3 +619,44 @@ def test_what_a_forward_stores_is_afterwards_what_it_was(look):
     now = {**dict(model.named_buffers()), "last": model.last}
     assert all(now[name] is t and torch.equal(t, value) and not t.requires_grad for name, (t, value) in held.items())
     copy.deepcopy(model)
+
+
+class Auxiliary(nn.Module):
+    """Another head reads the first layer in training; attention has a layer that nobody calls."""
+
+    def __init__(self, auxiliary):
+        super().__init__()
+        self.a, self.b, self.attention = nn.Linear(8, 16), nn.Linear(16, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.auxiliary = nn.Linear(16, 2) if auxiliary else None
+
+    def forward(self, x):
+        features = F.relu(self.a(x))
+        out = self.b(features)
+        out = self.attention(out, out, out)[0]
+        return (out, self.auxiliary(features)) if self.auxiliary is not None and self.training else out
+
+
+def test_what_only_training_reads_is_not_scaled():
+    torch.manual_seed(0)
+    x = pixels(2, 3, 8)
+    for auxiliary in (True, False):
+        model = Auxiliary(auxiliary)
+        with torch.no_grad():
+            model.a.weight[0] *= 50
+        before = model.train()(x)
+        found = qat.equalize(model, x)
+        if auxiliary:
+            assert found.left["b"] == "auxiliary did not run, and may read in training what would be scaled"
+            assert torch.equal(model.train()(x)[1], before[1])
+        else:
+            assert [(pair.first, pair.second) for pair in found.pairs] == [("a", "b")]
+
+
+def test_parametrized_layers_and_half_precision_are_not_equalized():
+    torch.manual_seed(0)
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8, bias=False)), nn.ReLU(), nn.Linear(8, 4))
+    found = qat.equalize(model, pixels(2, 8))
+    assert found.pairs == ()
+    assert "parametrized" in found.left["2"]
+    with pytest.raises(qat.QATError, match=r"0\.weight: is in half precision"):
+        qat.equalize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).half(), pixels(2, 8).half())

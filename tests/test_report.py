@@ -21,11 +21,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import qat
+from qat.analysis import compare
 from qat.cli import main
 from qat.errors import QATError
 from qat.quantizer import State, WeightQuantizer, quantizers
 from qat.report import ResultTable, write_report
 from qat.report.blocks import joined, structure
+from qat.report.charts import change_chart
 from qat.report.flow import record_calls
 from qat.report.layout import PILL_HEIGHT, PILL_WIDTH, lay_out
 from qat.tensorrt import Inspection, inspect
@@ -405,9 +407,18 @@ def test_nothing_overlaps_and_every_site_is_drawn(name, size):
 
 def test_paths_in_short():
     assert joined(["a.1", "a.2", "a.4", "b", "a.5", "c1"]) == "a.1–2, a.4, b, a.5, c1"
+    # Numbers with leading zeros are part of a name.
+    assert joined(["conv01", "conv02", "b007", "a9", "a10", "a0", "a1"]) == "conv01, conv02, b007, a9–10, a0–1"
 
 
 # What may not get in, or out
+
+
+def test_a_weight_that_was_zero_is_drawn_as_changed():
+    before = {"a.weight": torch.ones(2, 2), "b.weight": torch.zeros(2, 2), "c.weight": torch.ones(2, 2)}
+    after = {"a.weight": torch.full((2, 2), 1.5), "b.weight": torch.ones(2, 2), "c.weight": torch.ones(2, 2)}
+    figure = change_chart(compare(before, after))
+    assert figure["data"][0]["y"] == [pytest.approx(50), pytest.approx(50), 0.0]
 
 
 @pytest.fixture(scope="module")

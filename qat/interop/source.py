@@ -7,7 +7,6 @@ differ by a missing underscore (``input_quantizer._amax``).
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints import UNREADABLE
 from ..errors import QATError
 from ..numerics import FORMATS, INT4, INT8, Format
 
@@ -91,7 +91,7 @@ def _load(path: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise QATError(f"{path}: no such file") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise QATError(
             f"{path}: damaged, or no file of tensors that can be read without executing code in it. Save model.state_dict() "

@@ -60,7 +60,8 @@ def to_pytorch_quantization(model: nn.Module, *, sites: Mapping[str, str] | None
     if nameless:
         raise QATError(
             f"{', '.join(nameless)}: pytorch-quantization has no name for such a site. Name it by sites={{path: name}} as the "
-            "model there does, or prepare without it: QuantConfig(add_inputs='residual', gate_inputs=False)"
+            "model there does, or prepare without it: QuantConfig(add_inputs='residual') for an Add, gate_inputs=False for a "
+            "gate, pool_inputs=False for a pooling"
         )
     if not ranges:
         raise QATError("model: no site has a range. Run qat.calibrate(model, loader) first")

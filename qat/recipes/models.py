@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchvision.models import EfficientNet, MobileNetV2, VisionTransformer
 from torchvision.models.efficientnet import MBConvConfig
 
+from ..checkpoints import UNREADABLE
 from ..errors import QATError
 
 RESNETS = ("resnet20", "resnet18", "resnet34", "resnet50", "resnet101")
@@ -214,5 +215,5 @@ def load_weights(model: nn.Module, path: str) -> None:
         model.load_state_dict(state.get("state_dict", state))
     except pickle.UnpicklingError as error:
         raise QATError(f"weights={path!r}: not a state dict, it holds other objects than tensors") from error
-    except (OSError, RuntimeError, AttributeError, TypeError, EOFError) as error:
+    except UNREADABLE as error:
         raise QATError(f"weights={path!r}: not a state dict of this network: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from ..checkpoints import UNREADABLE
 from ..errors import QATError
 from ..loading import load_from_checkpoint
 from ..preparation import Report, prepare
@@ -81,7 +81,13 @@ def open_run(folder: str | Path, *, images: int | None = None, data_dir: str | N
 
 def _open_classification(folder: Path, metrics: Mapping[str, Any], *, images: int, data_dir: str | None) -> SavedRun:
     settings = ClassifierSettings.from_dict(metrics["settings"])
-    data = load(settings.data, settings.data_dir if data_dir is None else data_dir, settings.image_size)
+    where = data_folder(settings.data_dir, ClassifierSettings.data_dir, data_dir)
+    try:
+        data = load(settings.data, where, settings.image_size)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, QATError):
+            raise
+        raise QATError(f"{folder / 'metrics.json'}: its data cannot be made: {error}. {_WROTE}") from error
 
     def network() -> nn.Module:
         # All weights come from the run.
@@ -95,6 +101,26 @@ def _open_classification(folder: Path, metrics: Mapping[str, Any], *, images: in
     title = f"{settings.arch} on {data.name}, {data.image_size} px, seed {metrics.get('seed', settings.seed)}"
     tables = _tables(folder / "metrics.json", metrics, settings, balanced=is_unbalanced(data))
     return SavedRun(loaded.model.to(device_of(settings.device)).eval(), placement, batches, state, name, tables, title)
+
+
+def data_folder(of_run: str, default: str, given: str | None) -> str:
+    """Where to look for the data of a run.
+
+    Args:
+        of_run: What the run says. It may be a stranger's, and data are downloaded and cached there.
+        default: Of the recipe.
+        given: What the user says.
+
+    Raises:
+        QATError: If only the run names a folder.
+    """
+    if given is not None:
+        return given
+    if of_run != default:
+        raise QATError(
+            f"data_dir: the run has its data in {of_run!r}, where files may be written. Pass --data-dir if that is right"
+        )
+    return default
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
@@ -131,7 +157,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise QATError(f"{path}: damaged, or no state dict: {error}. Run the recipe again, or remove the file") from error
     if not isinstance(state, dict):
         raise QATError(f"{path}: no state dict. Run the recipe again, or remove the file")

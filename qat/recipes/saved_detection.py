@@ -15,7 +15,7 @@ from ..report import ResultTable
 from .detection import DetectionSettings
 from .detection_report import Detected
 from .detector import Detector
-from .saved import SavedRun, read_state
+from .saved import SavedRun, data_folder, read_state
 from .scenes import load
 from .ssdlite import COCO, TINY, SSDLite, make_anchors
 from .training import device_of
@@ -35,7 +35,7 @@ def open_detection(folder: Path, metrics: Mapping[str, Any], *, images: int, dat
     """
     settings = DetectionSettings.from_dict(metrics["settings"])
     tables = [_table(folder / "metrics.json", metrics["results"])]
-    data = load(settings.data, settings.data_dir if data_dir is None else data_dir)
+    data = load(settings.data, data_folder(settings.data_dir, DetectionSettings.data_dir, data_dir))
 
     def network() -> SSDLite:
         # All weights come from the run.

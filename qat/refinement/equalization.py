@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import QATError
 from ..inputs import call, output_tensors
@@ -116,7 +117,8 @@ def equalize(model: nn.Module, example_inputs: Any) -> Equalization:
     What can be scaled is not looked up but tried: with random powers of two, which are exact in floats, all outputs of the
     model and of its layers must stay equal bit for bit. So a clipping activation (ReLU6) or a second reader leaves a pair as
     it is, in any architecture. Convolutions may be grouped; transposed ones, attention, and layers that run more than once in
-    a forward are left. Biases are not absorbed (section 4.1.3).
+    a forward are left. While a layer does not run in evaluation (an auxiliary head), pairs are left, too: in training it may
+    read what would be scaled. Biases are not absorbed (section 4.1.3).
 
     Equalization brings most to weights with one scale a tensor and to few bits. Call it before :func:`qat.calibrate`.
 
@@ -145,6 +147,9 @@ def equalize(model: nn.Module, example_inputs: Any) -> Equalization:
     for path, site in quantizers(model):
         if site.has_range:
             raise QATError(f"{path}: has a range already. Equalize before qat.calibrate(model, loader)")
+    half = next((path for path, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+    if half is not None:
+        raise QATError(f"{half}: is in half precision, in which trial scales overflow. Equalize in float32, then convert")
     wiring = observe_wiring(model, lambda m: call(m, example_inputs))
     with evaluating(model), switched_off(model), uncompiled(), torch.no_grad():
         reference = _outputs(model, example_inputs)
@@ -295,8 +300,17 @@ def _candidates(model: nn.Module, wiring: Wiring) -> tuple[list[_Rows | _Pair], 
             left[second] = why
         else:
             found.append(_Pair(model, first, norms.get(first, ""), second))
-    found += [_Rows(model, path, norm) for path, norm in norms.items() if not is_conv_transposed(model.get_submodule(path))]
+    for path, norm in norms.items():
+        layer = model.get_submodule(path)
+        if not is_conv_transposed(layer) and not parametrize.is_parametrized(layer):
+            found.append(_Rows(model, path, norm))
     return found, left
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Paths of the convolutions and linear layers that a forward calls; attention only reads the weights of its own."""
+    attention = {id(m) for outer in model.modules() if isinstance(outer, nn.MultiheadAttention) for m in outer.modules()}
+    return [path for path, m in model.named_modules() if is_quantizable(m) and id(m) not in attention]
 
 
 def _has_parameters(norm: Any) -> bool:
@@ -305,6 +319,11 @@ def _has_parameters(norm: Any) -> bool:
 
 def _unsuited(model: nn.Module, wiring: Wiring, first: str, second: str) -> str:
     layers: list[Any] = [model.get_submodule(first), model.get_submodule(second)]
+    idle = next((path for path in _layers(model) if path not in wiring.calls), None)
+    if idle is not None:
+        return f"{idle} did not run, and may read in training what would be scaled"
+    if any(parametrize.is_parametrized(layer) for layer in layers):
+        return f"it or {first} is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     if not all(is_quantizable(layer) and not is_conv_transposed(layer) for layer in layers):
         return f"it or {first} is a transposed convolution or attention"
     if wiring.calls[first] != 1 or wiring.calls[second] != 1:

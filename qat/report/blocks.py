@@ -212,7 +212,8 @@ def joined(paths: Sequence[str]) -> str:
     spans: list[tuple[str, int, int]] = []
     found: list[str | int] = []
     for path in paths:
-        match = re.fullmatch(r"(.*?)(\d+)", path)
+        # Numbers with leading zeros are part of a name.
+        match = re.fullmatch(r"(.*?(?<!\d))(0|[1-9]\d*)", path)
         if match is None:
             found.append(path)
             continue
