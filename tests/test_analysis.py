@@ -736,3 +736,82 @@ def test_a_learned_range_has_no_sign():
     before, after = {"a.amax": torch.tensor(-2.0)}, {"a.amax": torch.tensor(3.0)}
     (moved,) = analysis.compare(before, after).ranges
     assert (moved.smallest, moved.largest) == (1.5, 1.5)
+
+
+def compared(model, batch, draws=64):
+    """The exact sensitivities and their estimates."""
+    exact = {layer.path: layer.value for layer in analysis.sensitivity(model, [batch]).layers}
+    return exact, {layer.path: layer.value for layer in analysis.estimate_sensitivity(model, [batch], draws=draws).layers}
+
+
+class TwoHeads(nn.Module):
+    """Two heads without normalization, of which the second one gives zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c, self.z = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.Conv2d(8, 4, 3)
+        nn.init.zeros_(self.z.weight)
+        nn.init.zeros_(self.z.bias)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.c(x), self.z(x)
+
+
+def test_an_output_of_zeros_counts_as_unchanged_in_an_estimate():
+    torch.manual_seed(0)
+    model, batch = TwoHeads().eval(), torch.randn(64, 3, 8, 8)
+    qat.prepare(model, NO_HEAD, example_inputs=batch)
+    qat.calibrate(model, [batch], progress=False)
+    exact, estimated = compared(model, batch)
+    assert exact["a"] > 0
+    assert estimated == {path: pytest.approx(value, rel=0.1) for path, value in exact.items()}
+
+
+@pytest.mark.parametrize(("value", "match"), [(0.0, "are all zero"), (math.inf, "hold NaN or infinity")])
+def test_outputs_without_a_relative_error_are_refused_by_an_estimate(value, match):
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), torch.randn(4, 3, 6, 6)
+    nn.init.zeros_(model[1].weight)
+    qat.prepare(model, NO_HEAD, example_inputs=batch)
+    qat.calibrate(model, [batch], progress=False)
+    nn.init.constant_(model[1].bias, value)
+    with pytest.raises(qat.QATError, match=match):
+        analysis.estimate_sensitivity(model, [batch])
+
+
+class Graph(nn.Module):
+    """Layers run on the nodes of a graph, whose neighbours are averaged in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x, adjacency):
+        x = F.relu(adjacency @ self.a(x))
+        return self.o(adjacency @ F.relu(self.b(x)))
+
+
+class OverTime(nn.Module):
+    """A causal sum over the first dimension: outputs depend on the rows before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.o(F.relu(self.b(self.a(x).cumsum(0))).cumsum(0))
+
+
+@pytest.mark.parametrize("make", [Graph, OverTime])
+def test_an_estimate_does_not_take_rows_apart_that_mix(make):
+    torch.manual_seed(0)
+    x = torch.randn(32, 6) + 1
+    batch = {"x": x, "adjacency": torch.full((32, 32), 1 / 32)} if make is Graph else x
+    model = make().eval()
+    qat.prepare(model, NO_HEAD, example_inputs=batch)
+    qat.calibrate(model, [batch], method="max", progress=False)
+    exact, estimated = compared(model, batch, draws=512)
+    assert set(exact) == {"a", "b", "o"}
+    # One sum a draw: a standard deviation of 6 %.
+    assert estimated == {path: pytest.approx(value, rel=0.25) for path, value in exact.items()}
