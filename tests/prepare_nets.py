@@ -132,3 +132,25 @@ def decorate(model: nn.Module) -> nn.Module:
     model.body.register_forward_pre_hook(lambda *args: None)
     model.note = "user attribute"
     return model
+
+
+class Routed(nn.Module):
+    """A router that sends what it is given another way once it quantizes; while calibrating, all layers run."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.router, self.left, self.right, self.top = (nn.Linear(4, 4) for _ in range(4))
+        self.where, self.calibrating = where, True
+
+    def forward(self, x):
+        if self.calibrating:
+            return self.top(self.left(x) + self.right(x) + self.router(x))
+        exact = F.linear(x, self.router.weight, self.router.bias)
+        quantized = not torch.allclose(self.router(x), exact, atol=1e-5)
+        if self.where == "fewer rows":
+            return self.top(self.left(x[quantized:]).mean(0, keepdim=True))
+        if self.where == "more often":
+            return self.top(self.left(self.left(x)) if quantized else self.left(x))
+        if self.where == "less often":
+            return self.top(self.left(x) if quantized else self.left(self.left(x)))
+        return self.top(self.right(x) if quantized else self.left(x))

@@ -1,13 +1,14 @@
 """Errors, sensitivity, mixed precision and ranges: against plain loops over complete evaluations."""
 
 import copy
+import functools
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from prepare_nets import NO_HEAD, Block, Net, calibrated, conv, images
+from prepare_nets import NO_HEAD, Block, Net, Routed, calibrated, conv, images
 from torch import nn
 from torch.nn import functional as F
 
@@ -815,3 +816,30 @@ def test_an_estimate_does_not_take_rows_apart_that_mix(make):
     assert set(exact) == {"a", "b", "o"}
     # One sum a draw: a standard deviation of 6 %.
     assert estimated == {path: pytest.approx(value, rel=0.25) for path, value in exact.items()}
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "more often", "less often", "fewer rows"])
+def test_layers_that_the_quantized_model_does_not_run_as_the_float_one_are_named(where):
+    torch.manual_seed(0)
+    model, batch = Routed(where).eval(), torch.randn(8, 4)
+    qat.prepare(model, NO_HEAD, example_inputs=batch)
+    qat.calibrate(model, [batch], method="max", progress=False)
+    model.calibrating = False
+    with pytest.raises(qat.QATError, match=r"^(left|right): runs another number of times .* depends on the data"):
+        analysis.layer_errors(model, [batch])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [(math.nan, 1.0, math.nan), (1.0, math.nan, math.nan), (1.0, math.inf, -math.inf), (0.0, 1.0, -math.inf)],
+)
+def test_the_sqnr_of_nan_is_nan(before, after, expected):
+    found = analysis.compare({"a.weight": torch.full((2, 2), before)}, {"a.weight": torch.full((2, 2), after)})
+    assert found.weights[0].sqnr == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_metric_of_nan_is_refused_rather_than_ranked():
+    model = made()
+    for analyse in (analysis.sensitivity, functools.partial(analysis.mixed_precision, budget=1e-3)):
+        with pytest.raises(qat.QATError, match="metric: is NaN"):
+            analyse(model, [images() * math.nan])

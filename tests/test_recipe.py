@@ -230,16 +230,32 @@ def test_bad_idx_file_is_refused(tmp_path, content):
         read_idx(gzipped(tmp_path / "a.gz", content))
 
 
-def test_folder_of_pictures_is_split_by_class(tmp_path):
-    for part, count in (("train", 50), ("val", 2)):
+def write_pictures(root, train, val):
+    """Two classes of so many pictures each."""
+    for part, count in (("train", train), ("val", val)):
         for label in ("cat", "dog"):
-            (tmp_path / part / label).mkdir(parents=True)
+            (root / part / label).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(RNG.randint(0, 256, (20, 24, 3)).astype(np.uint8)).save(tmp_path / part / label / f"{i}.png")
+                Image.fromarray(RNG.randint(0, 256, (20, 24, 3)).astype(np.uint8)).save(root / part / label / f"{i}.png")
+
+
+def test_folder_of_pictures_is_split_by_class(tmp_path):
+    write_pictures(tmp_path, 50, 2)
     loaded = load("imagefolder", tmp_path, 16)
     assert loaded.sizes() == {"train": 98, "val": 2, "test": 4}
     assert not set(loaded.train.indices) & set(loaded.val.indices)
     assert loaded.test[0][0].shape == (3, 16, 16)
+
+
+def test_few_pictures_leave_one_of_each_class_to_validate(tmp_path):
+    write_pictures(tmp_path, 3, 1)
+    assert load("imagefolder", tmp_path, 16).sizes() == {"train": 4, "val": 2, "test": 2}
+
+
+def test_a_class_of_one_picture_is_refused(tmp_path):
+    write_pictures(tmp_path, 1, 1)
+    with pytest.raises(QATError, match="cat holds 1 pictures; one to train and one to validate"):
+        load("imagefolder", tmp_path, 16)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from ort import open_as_written
-from prepare_nets import Net
+from prepare_nets import NO_HEAD, Net, Routed
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
@@ -660,3 +660,16 @@ def test_parametrized_layers_and_half_precision_are_not_equalized():
     assert "parametrized" in found.left["2"]
     with pytest.raises(qat.QATError, match=r"0\.weight: is in half precision"):
         qat.equalize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).half(), pixels(2, 8).half())
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "less often", "fewer rows"])
+def test_rounding_names_a_layer_that_the_quantized_model_does_not_run_as_the_float_one(where):
+    torch.manual_seed(0)
+    model, batch = Routed(where).eval(), torch.randn(8, 4)
+    qat.prepare(model, NO_HEAD, example_inputs=batch)
+    qat.calibrate(model, [batch], method="max", progress=False)
+    model.calibrating = False
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(qat.QATError, match=r"^(left|right): runs another number of times .* depends on the data"):
+        qat.round_weights(model, [batch], steps=1, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

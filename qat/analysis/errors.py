@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..errors import QATError
 from .layers import Layer, analysing, each_batch
 from .metrics import Distance, floats
 from .report import Result, make_table
@@ -73,7 +74,8 @@ def layer_errors(model: nn.Module, batches: Iterable[Any]) -> LayerErrors:
         One entry for each layer that ran.
 
     Raises:
-        QATError: If no site quantizes, or the batches are empty or do not fit the model.
+        QATError: If no site quantizes, the batches are empty, or a layer runs another number of times, or on tensors of another
+            size, once the model quantizes. Of batches that do not fit, the model's own error.
 
     Example:
         >>> import qat, torch
@@ -97,15 +99,30 @@ def layer_errors(model: nn.Module, batches: Iterable[Any]) -> LayerErrors:
                 alone.setdefault(layer.path, Distance()).add(out, run_alone())
 
             def compare(layer: Layer, run_alone: Callable[[], Any], out: Any, kept: Any = kept) -> None:
-                accumulated.setdefault(layer.path, Distance()).add(kept[layer.path].pop(0), out)
+                if not kept.get(layer.path):
+                    raise _rerouted(layer.path)
+                reference = kept[layer.path].pop(0)
+                if [tensor.shape for tensor in reference] != [tensor.shape for tensor in floats(out)]:
+                    raise _rerouted(layer.path)
+                accumulated.setdefault(layer.path, Distance()).add(reference, out)
 
             with bench.watching(keep):
                 reference = bench.run(batch, ())
             with bench.watching(compare):
                 output.add(reference, bench.run(batch, bench.layers.keys()))
+            for path, outputs in kept.items():
+                if outputs:
+                    raise _rerouted(path)
     found = []
     for path, one in alone.items():
         every = accumulated[path]
         kind = bench.layers[path].kind
         found.append(LayerError(path, kind, one.sqnr, one.cosine, every.sqnr, every.cosine))
     return LayerErrors(tuple(found), output.sqnr, output.cosine)
+
+
+def _rerouted(path: str) -> QATError:
+    return QATError(
+        f"{path}: runs another number of times in the quantized model than in float, or on tensors of another size: which "
+        "layers run depends on the data. Pass batches in which the routes agree, or leave what chooses the route in float"
+    )

@@ -54,11 +54,14 @@ class Distance:
 
     @property
     def sqnr(self) -> float:
-        """``10 log10(sum(a ** 2) / sum((a - b) ** 2))`` in dB; infinite for equal signals, NaN without any."""
+        """``10 log10(sum(a ** 2) / sum((a - b) ** 2))`` in dB; infinite for equal signals, NaN without or with NaN."""
         signal, noise, _ = self._values()
         if noise == 0:
             return math.nan if self._sums is None else math.inf
-        return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+        ratio = signal / noise
+        if math.isnan(ratio):
+            return math.nan
+        return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
     @property
     def cosine(self) -> float:
@@ -109,11 +112,13 @@ class Mean:
         """Count one batch.
 
         Raises:
-            QATError: If the metric gave something else than numbers.
+            QATError: If the metric gave something else than numbers, or NaN, by which nothing can be ranked.
         """
         if not isinstance(value, Tensor | float | int) or (isinstance(value, Tensor) and not value.numel()):
             raise QATError(f"metric: returned {type(value).__name__}; return a number, or a tensor of one a sample")
         values = torch.as_tensor(value).double()
+        if bool(values.isnan().any()):
+            raise QATError("metric: is NaN. The batches or the outputs hold NaN or infinity; check both, and the weights")
         self._sum += float(values.sum())
         self._count += values.numel()
 

@@ -13,8 +13,8 @@ elpv             ``elpv-<size>.npz`` in the data folder, or the package elpv-dat
 imagenette       torchvision's download (160 px)                                             95 % / 5 % of ``train`` / ``val``
 stamps           Debian's tuxpaint-stamps-default, foolbox and scikit-learn: for networks    the unlabelled ones, 85 / 15 % /
                  with ImageNet's classes, see qat/recipes/stamps.py                          the labelled ones
-imagefolder      ``train/<class>/*`` and ``val/<class>/*`` in the data folder (ImageNet's    98 % / 2 % of ``train`` / ``val``
-                 layout)
+imagefolder      ``train/<class>/*`` and ``val/<class>/*`` in the data folder (ImageNet's    98 % / 2 %, at least one a class,
+                 layout)                                                                     of ``train`` / ``val``
 ===============  ==========================================================================  =================================
 
 Splits are drawn with a constant seed, independent of the seed of a run. Calibration images are training images without
@@ -355,7 +355,7 @@ LOADERS: dict[str, Callable[[Path, int | None], ImageData]] = {
 
 
 def split_by_group(
-    groups: NDArray[Any], fraction: float, among: NDArray[np.int64] | None = None
+    groups: NDArray[Any], fraction: float, among: NDArray[np.int64] | None = None, *, at_least: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Draw ``fraction`` of every group, with a constant seed.
 
@@ -363,6 +363,7 @@ def split_by_group(
         groups: Group of every image.
         fraction: Share to draw, rounded in every group.
         among: Indices to draw from; all by default.
+        at_least: How many to draw of a group whose share rounds to fewer.
 
     Returns:
         The indices drawn and those left, both ascending.
@@ -377,7 +378,7 @@ def split_by_group(
     drawn: list[int] = []
     for group in np.unique(groups):
         members = among[groups[among] == group]
-        drawn.extend(rng.permutation(members)[: round(len(members) * fraction)])
+        drawn.extend(rng.permutation(members)[: max(round(len(members) * fraction), at_least)])
     return np.sort(np.array(drawn, np.int64)), np.setdiff1d(among, drawn)
 
 
@@ -447,7 +448,10 @@ def _from_folder(name: str, root: Path, size: int, held_out: float) -> ImageData
     )
     if plain.classes != test.classes:
         raise QATError(f"data={name!r}: {root / 'train'} and {root / 'val'} hold different classes")
-    val, train = split_by_group(np.array(plain.targets), held_out)
+    for label, count in zip(plain.classes, np.bincount(plain.targets, minlength=len(plain.classes)), strict=True):
+        if count < 2:
+            raise QATError(f"data={name!r}: {root / 'train' / label} holds {count} pictures; one to train and one to validate")
+    val, train = split_by_group(np.array(plain.targets), held_out, at_least=1)
     digest = hashlib.sha256()
     for path, label in (*plain.samples, *test.samples):
         digest.update(f"{Path(path).relative_to(root)} {Path(path).stat().st_size} {label}\n".encode())

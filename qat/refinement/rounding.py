@@ -108,7 +108,8 @@ def round_weights(
 
     Raises:
         QATError: If the model is not calibrated or runs in several processes, the data are no re-iterable, non-empty loader,
-            a NaN is seen, or ``steps`` is invalid. If anything fails, the model is left as it was.
+            a NaN is seen, a layer
+            runs another number of times than in float, or ``steps`` is invalid. If anything fails, the model is left as it was.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise QATError(f"steps={steps!r}: must be a positive integer")
@@ -173,18 +174,23 @@ class Moments:
 def _moments(passes: Passes, model: nn.Module, reference: nn.Module, path: str) -> Moments:
     layer: Any = model.get_submodule(path)
     weight = _grouped(layer)
-    inputs: list[Tensor] = []
+    inputs: list[tuple[Tensor, torch.Size]] = []
     outputs: list[Tensor] = []
     # Copies: an activation may work in place on either.
     handles = [
         listen(reference.get_submodule(path), lambda x, out: outputs.append(out.clone())),
-        listen(layer, lambda x, out: inputs.append(layer.input_quantizer(x).clone())),
+        listen(layer, lambda x, out: inputs.append((layer.input_quantizer(x).clone(), out.shape))),
     ]
     sums: list[Tensor] = []
     count = 0
     try:
         for _ in passes.each(reference, model, until=path):
-            for x, out in zip(inputs, outputs, strict=True):
+            if [size for _, size in inputs] != [out.shape for out in outputs]:
+                raise QATError(
+                    f"{path}: runs another number of times in the quantized model than in float, or on tensors of another "
+                    "size: which layers run depends on the data. Leave it, or what chooses the route, in float by a rule"
+                )
+            for (x, _), out in zip(inputs, outputs, strict=True):
                 for windows, y in _windows(layer, x, out):
                     missing = y - torch.einsum("mgk,gok->mgo", windows, weight)
                     gram = torch.einsum("mgk,mgl->gkl", windows, windows)
