@@ -8,6 +8,7 @@ import pytorch_quantization_standin as pq
 import torch
 from prepare_nets import snapshot
 from torch import nn
+from torch.nn import functional as F
 
 import qat
 from qat.errors import QATError
@@ -294,6 +295,28 @@ def test_a_model_of_qat_can_be_loaded_there():
     exact = make_exact(there)
     load_pytorch_quantization(model, exact.state_dict())
     assert torch.equal(exact(batch(1)), model(batch(1)))
+
+
+class PoolsByHand(nn.Module):
+    """A pooling in forward, whose input is quantized."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(F.adaptive_avg_pool2d(self.conv(x).relu(), 1).flatten(1))
+
+
+def test_the_remedy_for_a_pooling_without_a_name_there_is_no_site():
+    def made(**options):
+        qat.prepare(model := PoolsByHand().eval(), qat.QuantConfig(head=(), **options))
+        qat.calibrate(model, [batch()], progress=False)
+        return model
+
+    with pytest.raises(QATError, match=r"quant_pool0: .* prepare without it: QuantConfig\(pool_inputs=False\)$"):
+        to_pytorch_quantization(made())
+    assert to_pytorch_quantization(made(pool_inputs=False))
 
 
 def test_what_has_no_name_there_is_refused():

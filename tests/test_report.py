@@ -21,13 +21,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import qat
-from qat.analysis import compare
 from qat.cli import main
 from qat.errors import QATError
 from qat.quantizer import State, WeightQuantizer, quantizers
-from qat.report import ResultTable, write_report
+from qat.report import ResultTable, charts, write_report
 from qat.report.blocks import joined, structure
-from qat.report.charts import change_chart
+from qat.report.findings import look_at
 from qat.report.flow import record_calls
 from qat.report.layout import PILL_HEIGHT, PILL_WIDTH, lay_out
 from qat.tensorrt import Inspection, inspect
@@ -407,18 +406,9 @@ def test_nothing_overlaps_and_every_site_is_drawn(name, size):
 
 def test_paths_in_short():
     assert joined(["a.1", "a.2", "a.4", "b", "a.5", "c1"]) == "a.1–2, a.4, b, a.5, c1"
-    # Numbers with leading zeros are part of a name.
-    assert joined(["conv01", "conv02", "b007", "a9", "a10", "a0", "a1"]) == "conv01, conv02, b007, a9–10, a0–1"
 
 
 # What may not get in, or out
-
-
-def test_a_weight_that_was_zero_is_drawn_as_changed():
-    before = {"a.weight": torch.ones(2, 2), "b.weight": torch.zeros(2, 2), "c.weight": torch.ones(2, 2)}
-    after = {"a.weight": torch.full((2, 2), 1.5), "b.weight": torch.ones(2, 2), "c.weight": torch.ones(2, 2)}
-    figure = change_chart(compare(before, after))
-    assert figure["data"][0]["y"] == [pytest.approx(50), pytest.approx(50), 0.0]
 
 
 @pytest.fixture(scope="module")
@@ -713,3 +703,28 @@ def test_tables_sort_and_rows_choose_the_histogram(page, model, tmp_path):
     assert shown["before"] == "1"
     # Although its policy does not hinder it here.
     assert shown["loaded"] == ""
+
+
+@pytest.mark.parametrize(("wrapped", "prefix"), [(True, ""), (True, "module."), (False, "module.")])
+def test_the_state_before_may_be_of_the_wrapped_model_or_of_the_one_in_it(model, tmp_path, wrapped, prefix):
+    expected = look_at(model, [images()], baseline_state=model.state_dict()).changes
+    before = {prefix + key: value.clone() for key, value in model.state_dict().items()}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        given = nn.parallel.DistributedDataParallel(model) if wrapped else model
+        found = look_at(given, [images()], baseline_state=before).changes
+    finally:
+        torch.distributed.destroy_process_group()
+    assert expected.ranges
+    assert found == expected
+
+
+def test_a_weight_that_was_zero_before_has_the_largest_bar():
+    before = {name: torch.full((2, 2), value) for name, value in (("same", 1.0), ("moved", 1.0), ("zero", 0.0))}
+    after = {"same": before["same"], "moved": before["moved"] * 1.1, "zero": torch.ones(2, 2)}
+    bars = charts.change_chart(qat.analysis.compare(before, after))["data"][0]["y"]
+    assert bars == [0.0, pytest.approx(10, rel=1e-5), pytest.approx(10, rel=1e-5)]
+
+
+def test_names_with_leading_zeros_are_not_joined():
+    assert joined(["conv01", "conv02", "b007", "b9", "b10", "0", "1"]) == "conv01, conv02, b007, b9–10, 0–1"

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ..errors import QATError
 from ..nn.add import QuantAdd
+from ..nn.attention import QuantAttention
 from ..nn.layers import InterceptedLayer, QuantLayer
+from ..nn.mul import QuantMul
 from ..nn.pool import QuantPool
 from ..quantizer import Quantizer, State, WeightQuantizer, is_prepared
 from .match import join
@@ -60,12 +62,28 @@ def to_pytorch_quantization(model: nn.Module, *, sites: Mapping[str, str] | None
     if nameless:
         raise QATError(
             f"{', '.join(nameless)}: pytorch-quantization has no name for such a site. Name it by sites={{path: name}} as the "
-            "model there does, or prepare without it: QuantConfig(add_inputs='residual') for an Add, gate_inputs=False for a "
-            "gate, pool_inputs=False for a pooling"
+            f"model there does, or prepare without it: QuantConfig({', '.join(sorted(_remedies(model, nameless)))})"
         )
     if not ranges:
         raise QATError("model: no site has a range. Run qat.calibrate(model, loader) first")
     return {**found, **ranges}
+
+
+def _remedies(model: nn.Module, paths: list[str]) -> set[str]:
+    """The settings of QuantConfig that make no such sites."""
+    found = set()
+    for path in paths:
+        owner = path.rpartition(".")[0]
+        module = model.get_submodule(owner)
+        if isinstance(module, QuantAdd):
+            found.add("add_inputs='residual'")
+        elif isinstance(module, QuantMul):
+            found.add("gate_inputs=False")
+        elif isinstance(module, QuantAttention):
+            found.add(f"rules=[{{'match': {owner!r}, 'quantize': False}}]")
+        else:
+            found.add("pool_inputs=False")
+    return found
 
 
 def _names(model: nn.Module) -> dict[str, str]:

@@ -208,12 +208,14 @@ def joined(paths: Sequence[str]) -> str:
     Example:
         >>> joined(["blocks.1", "blocks.2", "blocks.4", "head.conv"])
         'blocks.1–2, blocks.4, head.conv'
+        >>> joined(["conv01", "conv02"])
+        'conv01, conv02'
     """
     spans: list[tuple[str, int, int]] = []
     found: list[str | int] = []
     for path in paths:
-        # Numbers with leading zeros are part of a name.
-        match = re.fullmatch(r"(.*?(?<!\d))(0|[1-9]\d*)", path)
+        # Without leading zeros, which a span would drop.
+        match = re.fullmatch(r"(.*?(?<![0-9]))(0|[1-9][0-9]*)", path)
         if match is None:
             found.append(path)
             continue

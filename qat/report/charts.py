@@ -93,13 +93,14 @@ def change_chart(changes: Changes) -> Figure | None:
     if not weights:
         return None
     positions = list(range(len(weights)))
-    # The share of the norm that changed: 0 for a weight that did not. One of zeros has no norm: all of it is new.
-    shares = {w.name: 100 * 10 ** (-w.sqnr / 20) for w in weights if math.isfinite(w.sqnr)}
-    most = max(shares.values(), default=100.0)
+    # The share of the norm that changed: 0 for a weight that did not.
+    changed = {i: 100 * 10 ** (-weight.sqnr / 20) for i, weight in enumerate(weights) if weight.sqnr > -math.inf}
+    # One that was zero before has no norm: no bar is higher.
+    largest = max(changed.values(), default=0.0) or 100.0
     bar = {
         "type": "bar",
         "x": positions,
-        "y": [shares.get(weight.name, most if weight.sqnr == -math.inf else 0.0) for weight in weights],
+        "y": [changed.get(i, largest) for i in positions],
         "marker": {"color": COLORS["conv"]},
         "customdata": [[escaped(w.name), number(w.sqnr, ".1f"), number(w.cosine, ".6f")] for w in weights],
         "hovertemplate": "<b>%{customdata[0]}</b><br>%{y:.3g} % of its norm<br>"

@@ -58,10 +58,11 @@ def look_at(
         model: Prepared and calibrated.
         batches: As for ``qat.calibrate``; all are held in memory.
         exact: Measure the sensitivity of each layer instead of estimating it.
-        baseline_state: State dict of an earlier state of the model.
+        baseline_state: State dict of an earlier state of the model, which may have been wrapped by DistributedDataParallel.
 
     Raises:
-        QATError: If no site quantizes or no quantized layer runs, or the batches are empty or do not fit the model.
+        QATError: If no site quantizes or no quantized layer runs, or the batches are empty. Of batches that do not
+            fit, the model's own error.
     """
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
@@ -82,7 +83,7 @@ def look_at(
     blocks = timed("structure", structure(model, record_calls(model, batches[0])))
     changes = None
     if baseline_state is not None:
-        changes = timed("comparison", _distinct(model, analysis.compare(baseline_state, model.state_dict())))
+        changes = timed("comparison", _changes(model, baseline_state))
     samples = sum(len(found[0]) for batch in batches if (found := tensors(batch)) and found[0].ndim)
     return Findings(errors, sensitivity, ranges, clipped, weights, changes, blocks, samples, seconds)
 
@@ -96,8 +97,13 @@ def _estimated(model: nn.Module, batches: Iterable[Any]) -> Sensitivity:
         raise QATError(f"model: no gradients to estimate the sensitivity from: {reason} Pass exact=True (--exact)") from error
 
 
-def _distinct(model: nn.Module, changes: Changes) -> Changes:
-    """Each range once: a state dict holds that of a shared quantizer under every path."""
+def _changes(model: nn.Module, before: Mapping[str, Tensor]) -> Changes:
+    """What changed since, each range once: a state dict holds that of a shared quantizer under every path."""
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    after, prefix = inner.state_dict(), "module."
+    # DistributedDataParallel puts it before every key. A model may have a child of that name, too.
+    if all(key.startswith(prefix) for key in before) and not all(key.startswith(prefix) for key in after):
+        before = {key.removeprefix(prefix): value for key, value in before.items()}
+    changes = analysis.compare(before, after)
     paths = {path for path, _ in quantizers(inner)}
     return replace(changes, ranges=tuple(moved for moved in changes.ranges if moved.path in paths))
