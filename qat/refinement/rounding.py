@@ -108,8 +108,8 @@ def round_weights(
 
     Raises:
         QATError: If the model is not calibrated or runs in several processes, the data are no re-iterable, non-empty loader,
-            a NaN is seen, a layer
-            runs another number of times than in float, or ``steps`` is invalid. If anything fails, the model is left as it was.
+            a NaN is seen, a layer runs another number of times than in float, or ``steps`` is invalid. If anything fails, the
+            model is left as it was.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise QATError(f"steps={steps!r}: must be a positive integer")
