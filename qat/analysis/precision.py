@@ -139,7 +139,7 @@ def mixed_precision(
 
     Raises:
         QATError: If there is no budget, no site quantizes, the profiles have no times or name no layer of the model, the
-            ranking is of another model, or the batches are empty or do not fit the model.
+            ranking is of another model, or the batches are empty. Of batches that do not fit, the model's own error.
     """
     if budget is None and latency is None:
         raise QATError("budget: pass budget= for the metric, latency= in ms, or both")

@@ -69,7 +69,7 @@ def ranges(model: nn.Module, batches: Iterable[Any]) -> Ranges:
         batches: As for ``qat.calibrate``.
 
     Raises:
-        QATError: If no site quantizes, the batches are empty or do not fit the model, or a NaN or Inf is seen.
+        QATError: If no site quantizes, the batches are empty, or a NaN or Inf is seen.
     """
     sites = _quantizing(model)
     observers = {path: HistogramObserver(path, device=site.amax.device) for path, site in sites.items()}
@@ -124,7 +124,7 @@ def clip_rates(model: nn.Module, batches: Iterable[Any]) -> ClipRates:
         Rates by site, as :func:`qat.ranges.clip_rates` defines them.
 
     Raises:
-        QATError: If no site quantizes, or the batches are empty or do not fit the model.
+        QATError: If no site quantizes, or the batches are empty. Of batches that do not fit, the model's own error.
     """
     _quantizing(model)
     with running(model) as (inner, run):

@@ -35,7 +35,8 @@ def sensitivity(model: nn.Module, batches: Iterable[Any], *, metric: Metric | No
         together.
 
     Raises:
-        QATError: If no site quantizes, an argument is invalid, or the batches are empty or do not fit the model.
+        QATError: If no site quantizes, an argument is invalid, or the batches are empty. Of batches that do not fit, the
+            model's own error.
 
     Example:
         >>> import qat, torch

@@ -71,7 +71,7 @@ def write_report(
         The path.
 
     Raises:
-        QATError: If no site quantizes, the batches are empty or do not fit the model, the folder is missing, or jinja2 or
+        QATError: If no site quantizes, the batches are empty, the folder is missing, or jinja2 or
             plotly is not installed. Nothing is written then.
     """
     target = Path(path)
