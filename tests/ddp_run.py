@@ -68,6 +68,13 @@ def main():
     lit.train_dataloader = train_dataloader
     if settings.pop("prepared", False):
         qat.prepare(lit.model)
+    fails = settings.pop("fails", False)
+
+    def forward(module, batch):
+        if fails and module.global_rank == 1 and module.trainer.global_step:
+            raise RuntimeError("not on this process")
+        return module(batch[0])
+
     callbacks = [Look(folder)]
     if settings.pop("quantized", True):
         given = {
@@ -76,7 +83,7 @@ def main():
             "freeze_ranges_epoch": settings.pop("freeze_ranges_epoch", None),
             "calibration": {"batches": 3, "progress": False, **settings},
         }
-        callbacks.insert(0, qat.QATCallback(target="model", **given))
+        callbacks.insert(0, qat.QATCallback(target="model", forward=forward, **given))
     trainer = pl.Trainer(
         accelerator=accelerator, devices=processes, max_epochs=2, callbacks=callbacks, **options,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

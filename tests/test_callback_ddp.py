@@ -63,6 +63,13 @@ def test_learned_ranges_and_layers_that_no_loss_reaches(run):
     assert not any("0.runs" in path for path in moved)
 
 
+def test_a_process_that_cannot_look_at_its_batch_keeps_no_other_waiting(run):
+    """For clip rates the module runs on the last batch of each process, and all log the same values."""
+    _, states = run(2, method="max", fails=True)
+    _, expected = run(2, method="max")
+    assert all(equal(state, other) for state, other in zip(states, expected, strict=True))
+
+
 gpus = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
 
 
