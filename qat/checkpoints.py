@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import pickle
-import struct
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -22,21 +20,6 @@ from .quantizer import WeightQuantizer, quantizers
 from .ranges import freeze_ranges, frozen_ranges
 
 CHECKPOINT_KEY = "qat"
-
-# What torch.load(weights_only=True) raises for damaged or hostile files, besides what is documented.
-UNREADABLE = (
-    pickle.UnpicklingError,
-    struct.error,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 # The first byte of a pickle: what torch.save wrote before its files were ZIP archives.
 _PICKLE = b"\x80"

@@ -601,7 +601,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="file to write (default: report.html, in RUN if that is given)")
     parser.add_argument("--title", help="title of the report")
     parser.add_argument("--images", type=int, metavar="N", help="RUN: validation images to look at (default: 128)")
-    parser.add_argument("--data-dir", metavar="DIR", help="RUN: folder of the data (default: that of the recipe)")
+    parser.add_argument("--data-dir", metavar="DIR", help="RUN: folder that holds the data (default: as the recipe was told)")
     parser.add_argument("--exact", action="store_true", help="measure the sensitivity of each layer instead of estimating it")
     engine = f"what to tell about INT8: {_PLANS}, or what a build left, as for qat inspect"
     parser.add_argument("--engine", metavar="FILE", help=engine)

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 
-from .checkpoints import CHECKPOINT_KEY, UNREADABLE, changed_settings, check_intact, frozen_in, is_site_key
+from .checkpoints import CHECKPOINT_KEY, changed_settings, frozen_in, is_site_key
 from .config import QuantConfig
 from .errors import QATError
+from .files import read_tensors
 from .preparation import prepare
 from .ranges import freeze_ranges, stale_ranges
 from .targets import prepare_module
@@ -99,18 +100,7 @@ def load_from_checkpoint(
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        check_intact(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except QATError:  # is a ValueError, and has its message
-        raise
-    except FileNotFoundError as error:
-        raise QATError(f"{os.fspath(path)}: no such file") from error
-    except UNREADABLE as error:
-        raise QATError(
-            f"{os.fspath(path)}: damaged, or no checkpoint that can be read without executing code in it: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+    checkpoint = read_tensors(path, remedy="Pass a checkpoint of a LightningModule", mmap=True)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise QATError(f"{os.fspath(path)}: no checkpoint of a LightningModule: it has no state_dict")
     if not isinstance(checkpoint.get(CHECKPOINT_KEY, {}), dict):

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from torch import nn
 import qat
 from qat import QATCallback, QATError, QuantConfig, cli, prepare
 from qat.checkpoints import fingerprint
+from qat.files import read_tensors
 from qat.quantizer import WeightQuantizer, quantizers
 from qat.recipes import data as recipe_data
 from qat.recipes import efficientnet, mobilenet, report, resnet, stamps, variants, vit
@@ -520,7 +522,7 @@ class Evil:
 def test_weights_file_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Evil()}, "weights.pt")
-    with pytest.raises(QATError, match=r"weights='weights\.pt': not a state dict, it holds other objects"):
+    with pytest.raises(QATError, match=r"weights\.pt: damaged, or no file of tensors that can be read without executing"):
         load_weights(build("resnet20", 10), "weights.pt")
     assert not Path("executed").exists()
 
@@ -694,34 +696,91 @@ def test_a_damaged_run_is_refused_by_name(finished, tmp_path):
         open_run(tmp_path)
 
 
-def test_a_run_does_not_choose_where_data_are_written(finished, tmp_path):
-    metrics = json.loads((finished[1] / "metrics.json").read_text())
-    metrics["settings"] |= {"data": "fashion-mnist", "data_dir": str(tmp_path / "chosen")}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(QATError, match=r"data_dir: the run has its data in .*Pass --data-dir"):
-        open_run(tmp_path)
-    assert not (tmp_path / "chosen").exists()
-    metrics["settings"] |= {"data": "digits", "image_size": 10**30}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(QATError, match=r"metrics\.json: its data cannot be made"):
-        open_run(tmp_path, data_dir=str(tmp_path))
+def rewritten(run, folder, **settings):
+    """A copy of a run whose settings are others."""
+    for name in ("metrics.json", "qat.ckpt", "ptq.pt"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["settings"].update(settings)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return folder
 
 
-def test_damaged_weights_are_refused_whatever_is_damaged(tmp_path):
-    path, state = tmp_path / "weights.pt", build("resnet20", 10).state_dict()
-    rng = np.random.RandomState(0)
-    refused = 0
-    for legacy in (False, True):
-        torch.save({"state_dict": {"conv1.weight": state["conv1.weight"]}}, path, _use_new_zipfile_serialization=not legacy)
-        whole = bytearray(path.read_bytes())
-        for position in rng.choice(min(len(whole), 600), 60, replace=False):
-            damaged = whole.copy()
-            damaged[position] ^= 1 << rng.randint(8)
-            path.write_bytes(damaged)
-            with pytest.raises(QATError, match="weights="):
-                load_weights(build("resnet20", 10), str(path))
-            refused += 1
-    assert refused == 120
+@pytest.mark.parametrize("data", ["fashion-mnist", "cifar10", "imagenette", "elpv", "stamps"])
+def test_opening_a_run_neither_downloads_nor_writes_data(finished, tmp_path, monkeypatch, data):
+    where = tmp_path / "elsewhere"
+
+    def fail(*args, **kwargs):
+        raise AssertionError("would fetch or make data")
+
+    monkeypatch.setitem(recipe_data.LOADERS, data, fail)
+    run = rewritten(finished[1], tmp_path, data=data, data_dir=str(where))
+    before = sorted(tmp_path.rglob("*"))
+    for given in (None, str(tmp_path / "other")):
+        with pytest.raises(QATError, match=f"data='{data}': .*neither downloads nor makes data: .*--data-dir"):
+            open_run(run, data_dir=given)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_data_that_are_there_are_read(tmp_path):
+    arrays = {"images": np.zeros((40, 16, 16), np.uint8), "probability": np.array([0.0, 1.0] * 20), "cell_type": ["mono"] * 40}
+    np.savez_compressed(tmp_path / "elpv-16.npz", **arrays)
+    recipe_data.check_stored("elpv", tmp_path, 16)
+    assert load("elpv", tmp_path, 16).image_size == 16
+    with pytest.raises(QATError, match=r"elpv-96\.npz does not exist"):
+        recipe_data.check_stored("elpv", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 10**30}, "image_size=1000000000000000000000000000000: must be at most"),
+        ({"image_size": 10**400}, "must be at most"),
+        ({"lr": 10**400}, "lr: is too large for a float"),
+    ],
+)
+def test_a_run_with_absurd_settings_is_refused(finished, tmp_path, settings, message):
+    with pytest.raises(QATError, match=message):
+        open_run(rewritten(finished[1], tmp_path, **settings))
+
+
+def test_a_run_with_huge_batches_is_opened_with_those_that_there_are(finished, tmp_path):
+    assert [len(batch) for batch, _ in open_run(rewritten(finished[1], tmp_path, batch_size=10**30), images=20).batches] == [20]
+
+
+def damaged_files(folder):
+    """Files that torch.load fails on in different ways: cut short, with changed bytes, or of other content."""
+    legacy = io.BytesIO()
+    torch.save({"a.weight": torch.arange(50.0)}, legacy, _use_new_zipfile_serialization=False)
+    whole = legacy.getvalue()
+    contents = [b"", b"\x80", b"\x80\x02.", b"\x80\x02K\x01.", b"\x80\x02)R.", b"\x80\x02\x8a\xff", b"PK\x03\x04", whole[:-9]]
+    random = np.random.RandomState(0)
+    for _ in range(150):
+        changed = bytearray(whole)
+        for position in random.randint(2, 400, 3):
+            changed[position] = random.randint(256)
+        contents.append(bytes(changed))
+    for number, content in enumerate(contents):
+        path = folder / f"{number}.pt"
+        path.write_bytes(content)
+        yield path
+
+
+def refusal(path):
+    """What is said of a file; nothing if it can be read, as one with other values can."""
+    try:
+        read_tensors(path, remedy="Save it again")
+    except QATError as error:
+        return str(error)
+    return ""
+
+
+def test_damaged_files_of_tensors_give_one_kind_of_error(tmp_path):
+    said = {path: text for path in damaged_files(tmp_path) if (text := refusal(path))}
+    assert len(said) > 50
+    assert all(text.startswith(str(path)) and text.endswith("Save it again") for path, text in said.items())
+    with pytest.raises(QATError, match=r"none\.pt: no such file\. Save it again"):
+        read_tensors(tmp_path / "none.pt", remedy="Save it again")
 
 
 COMPARED = {"epochs": 1, "qat_epochs": 1, "device": "cpu", "compare": True, "rounding_steps": 20, "calibration_images": 64}

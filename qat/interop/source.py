@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import UNREADABLE
 from ..errors import QATError
+from ..files import read_tensors
 from ..numerics import FORMATS, INT4, INT8, Format
 
 # The last parts of a quantizer's keys. A learned range is stored as the limits of its clipping.
@@ -69,7 +69,7 @@ def read_state(state_dict: Mapping[str, Any] | str | os.PathLike[str], model: nn
     """
     if isinstance(state_dict, str | os.PathLike):
         where = os.fspath(state_dict)
-        content = _load(where)
+        content = read_tensors(where, remedy="Save model.state_dict() alone")
     else:
         where, content = "state_dict", state_dict
     found = _find(content)
@@ -84,19 +84,6 @@ def read_state(state_dict: Mapping[str, Any] | str | os.PathLike[str], model: nn
     if broken:
         raise QATError(f"{where}: {broken[0]} is a {type(state[broken[0]]).__name__}, not a tensor")
     return _without_prefix(state, set(model.state_dict()))
-
-
-def _load(path: str) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise QATError(f"{path}: no such file") from error
-    except UNREADABLE as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise QATError(
-            f"{path}: damaged, or no file of tensors that can be read without executing code in it. Save model.state_dict() "
-            f"alone: {first}"
-        ) from error
 
 
 def _find(content: Any) -> dict[str, Mapping[str, Any]]:

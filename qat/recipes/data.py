@@ -48,6 +48,9 @@ FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPLIT_SEED = 0
+_LARGEST = 4096
+_ELPV_SIZE, _STAMPS_SIZE = 96, 224
+_IMAGENETTE = "imagenette2-160"
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,33 @@ def load(name: str, data_dir: str | Path = "data", image_size: int | None = None
         raise QATError(f"data={name!r}: choose one of {', '.join(LOADERS)}")
     if image_size is not None and image_size < 8:
         raise QATError(f"image_size={image_size}: must be at least 8 pixels")
+    if image_size is not None and image_size > _LARGEST:
+        raise QATError(f"image_size={image_size}: must be at most {_LARGEST} pixels")
     return LOADERS[name](Path(data_dir), image_size)
+
+
+def check_stored(name: str, data_dir: str | Path, image_size: int | None = None) -> None:
+    """Whether :func:`load` would only read: it downloads, makes and writes nothing then.
+
+    Raises:
+        QATError: If a data set is not there as a whole, and :func:`load` would fetch or make it.
+    """
+    folder = Path(data_dir)
+    caches = {
+        "fashion-mnist": "fashion-mnist.npz",
+        "elpv": f"elpv-{image_size or _ELPV_SIZE}.npz",
+        "stamps": f"stamps-{image_size or _STAMPS_SIZE}.npz",
+        "imagenette": _IMAGENETTE,
+    }
+    if name in caches and not (folder / caches[name]).exists():
+        raise QATError(f"data={name!r}: {folder / caches[name]} does not exist")
+    if name == "cifar10":
+        from torchvision.datasets import CIFAR10
+
+        try:
+            CIFAR10(str(folder), download=False)
+        except RuntimeError as error:
+            raise QATError(f"data={name!r}: is not in {folder}, or not as a whole") from error
 
 
 def _digits(folder: Path, size: int | None) -> ImageData:
@@ -294,7 +323,7 @@ def _cifar10(folder: Path, size: int | None) -> ImageData:
 
 
 def _elpv(folder: Path, size: int | None) -> ImageData:
-    size = size or 96
+    size = size or _ELPV_SIZE
     expected: dict[str, tuple[type, int]] = {"images": (np.uint8, 3), "probability": (np.float64, 1), "cell_type": (np.str_, 1)}
     arrays = _cached(folder / f"elpv-{size}.npz", expected, lambda: _read_elpv(size))
     probability, cell_type = arrays["probability"], arrays["cell_type"]
@@ -318,7 +347,7 @@ def _read_elpv(size: int) -> dict[str, NDArray[Any]]:
 
 
 def _stamps(folder: Path, size: int | None) -> ImageData:
-    size = size or 224
+    size = size or _STAMPS_SIZE
     expected: dict[str, tuple[type, int]] = {"images": (np.uint8, 4), "accepted": (np.int64, 2)}
     arrays = _cached(folder / f"stamps-{size}.npz", expected, lambda: read_pictures(size))
     labels = arrays["accepted"][:, 0]
@@ -331,7 +360,7 @@ def _stamps(folder: Path, size: int | None) -> ImageData:
 
 
 def _imagenette(folder: Path, size: int | None) -> ImageData:
-    root = folder / "imagenette2-160"
+    root = folder / _IMAGENETTE
     if not root.is_dir():
         from torchvision.datasets import Imagenette
 

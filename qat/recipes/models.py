@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import pickle
 from collections.abc import Callable
 from functools import partial
 
@@ -15,8 +14,8 @@ from torch.nn import functional as F
 from torchvision.models import EfficientNet, MobileNetV2, VisionTransformer
 from torchvision.models.efficientnet import MBConvConfig
 
-from ..checkpoints import UNREADABLE
 from ..errors import QATError
+from ..files import read_tensors
 
 RESNETS = ("resnet20", "resnet18", "resnet34", "resnet50", "resnet101")
 MOBILENETS = ("mobilenet_v2_small", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
@@ -210,10 +209,8 @@ def load_weights(model: nn.Module, path: str) -> None:
     Raises:
         QATError: For a file that is no state dict of this network.
     """
+    state = read_tensors(path, remedy="Pass the state dict of a float network by weights")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(state.get("state_dict", state))
-    except pickle.UnpicklingError as error:
-        raise QATError(f"weights={path!r}: not a state dict, it holds other objects than tensors") from error
-    except UNREADABLE as error:
+    except (RuntimeError, AttributeError, TypeError) as error:
         raise QATError(f"weights={path!r}: not a state dict of this network: {error}") from error

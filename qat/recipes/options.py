@@ -33,7 +33,7 @@ class RecipeSettings:
             value, choices = getattr(self, item.name), item.metadata.get("choices")
             if choices and value not in choices:
                 raise QATError(f"{item.name}={value!r}: choose one of {', '.join(choices)}")
-            if item.metadata.get("positive") and value is not None and not (value > 0 and math.isfinite(value)):
+            if item.metadata.get("positive") and value is not None and not 0 < value < math.inf:
                 raise QATError(f"{item.name}={value!r}: must be positive")
             if isinstance(value, float) and not value >= 0:
                 raise QATError(f"{item.name}={value!r}: must be 0 or more")
@@ -72,7 +72,10 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     if key == "seeds" and isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
         return tuple(value)
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise QATError(f"{key}: is too large for a float") from error
     # YAML reads 1e-3 (without a dot) as text.
     if hint is float and isinstance(value, str):
         try:

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from ..checkpoints import UNREADABLE
 from ..errors import QATError
+from ..files import read_tensors
 from ..loading import load_from_checkpoint
 from ..preparation import Report, prepare
 from ..report import ResultTable
 from .classification import is_unbalanced
-from .data import ImageData, load
+from .data import ImageData, check_stored, load
 from .engines import EngineResult
 from .models import build, load_weights
 from .report import Result
@@ -54,13 +53,15 @@ class SavedRun:
 def open_run(folder: str | Path, *, images: int | None = None, data_dir: str | None = None) -> SavedRun:
     """Build the network of a run again and load what it wrote. Nothing in its files is executed.
 
+    The files may come from anywhere: they name the data, but nothing is downloaded and nothing but the data is read.
+
     Args:
         folder: With ``metrics.json`` and ``qat.ckpt``.
         images: How many validation images to take; by default 128, or 16 of the larger scenes of detection.
         data_dir: Folder of the data, if it is no longer where it was.
 
     Raises:
-        QATError: If a file is missing or damaged, or does not fit the others.
+        QATError: If a file is missing or damaged, or does not fit the others, or if the data are not in their folder.
     """
     folder = Path(folder)
     if images is not None and images < 1:
@@ -81,13 +82,12 @@ def open_run(folder: str | Path, *, images: int | None = None, data_dir: str | N
 
 def _open_classification(folder: Path, metrics: Mapping[str, Any], *, images: int, data_dir: str | None) -> SavedRun:
     settings = ClassifierSettings.from_dict(metrics["settings"])
-    where = data_folder(settings.data_dir, ClassifierSettings.data_dir, data_dir)
+    source = settings.data_dir if data_dir is None else data_dir
     try:
-        data = load(settings.data, where, settings.image_size)
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, QATError):
-            raise
-        raise QATError(f"{folder / 'metrics.json'}: its data cannot be made: {error}. {_WROTE}") from error
+        check_stored(settings.data, source, settings.image_size)
+    except QATError as error:
+        raise QATError(f"{error}. A report neither downloads nor makes data: pass their folder by --data-dir") from error
+    data = load(settings.data, source, settings.image_size)
 
     def network() -> nn.Module:
         # All weights come from the run.
@@ -101,26 +101,6 @@ def _open_classification(folder: Path, metrics: Mapping[str, Any], *, images: in
     title = f"{settings.arch} on {data.name}, {data.image_size} px, seed {metrics.get('seed', settings.seed)}"
     tables = _tables(folder / "metrics.json", metrics, settings, balanced=is_unbalanced(data))
     return SavedRun(loaded.model.to(device_of(settings.device)).eval(), placement, batches, state, name, tables, title)
-
-
-def data_folder(of_run: str, default: str, given: str | None) -> str:
-    """Where to look for the data of a run.
-
-    Args:
-        of_run: What the run says. It may be a stranger's, and data are downloaded and cached there.
-        default: Of the recipe.
-        given: What the user says.
-
-    Raises:
-        QATError: If only the run names a folder.
-    """
-    if given is not None:
-        return given
-    if of_run != default:
-        raise QATError(
-            f"data_dir: the run has its data in {of_run!r}, where files may be written. Pass --data-dir if that is right"
-        )
-    return default
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
@@ -137,7 +117,9 @@ def _read_metrics(path: Path) -> dict[str, Any]:
 
 def _images(data: ImageData, count: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
     total = len(data.val)  # type: ignore[arg-type]
-    return list(data.loader(Subset(data.val, range(min(count, total))), batch_size))
+    count = min(count, total)
+    # A batch of more is none, and the file may say any number.
+    return list(data.loader(Subset(data.val, range(count)), min(batch_size, count)))
 
 
 def _baseline(folder: Path, model: nn.Module) -> tuple[Mapping[str, Tensor] | None, str]:
@@ -155,12 +137,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         QATError: If it is none.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise QATError(f"{path}: damaged, or no state dict: {error}. Run the recipe again, or remove the file") from error
-    if not isinstance(state, dict):
-        raise QATError(f"{path}: no state dict. Run the recipe again, or remove the file")
+    remedy = "Run the recipe again, or remove the file"
+    state = read_tensors(path, remedy=remedy)
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise QATError(f"{path}: no state dict. {remedy}")
     return state
 
 

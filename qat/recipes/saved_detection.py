@@ -15,7 +15,7 @@ from ..report import ResultTable
 from .detection import DetectionSettings
 from .detection_report import Detected
 from .detector import Detector
-from .saved import SavedRun, data_folder, read_state
+from .saved import SavedRun, read_state
 from .scenes import load
 from .ssdlite import COCO, TINY, SSDLite, make_anchors
 from .training import device_of
@@ -35,13 +35,15 @@ def open_detection(folder: Path, metrics: Mapping[str, Any], *, images: int, dat
     """
     settings = DetectionSettings.from_dict(metrics["settings"])
     tables = [_table(folder / "metrics.json", metrics["results"])]
-    data = load(settings.data, data_folder(settings.data_dir, DetectionSettings.data_dir, data_dir))
+    data = load(settings.data, settings.data_dir if data_dir is None else data_dir)
 
     def network() -> SSDLite:
         # All weights come from the run.
         return SSDLite(TINY if settings.data == "shapes" else COCO).eval()
 
-    batches = list(data.loader(Subset(data.val, range(min(images, len(data.val)))), settings.batch_size))
+    images = min(images, len(data.val))
+    # A batch of more is none, and the file may say any number.
+    batches = list(data.loader(Subset(data.val, range(images)), min(settings.batch_size, images)))
     placement = prepare(network(), settings.quant, example_inputs=batches[0][0][:1])
     given: dict[str, Any] = {"anchors": make_anchors(network()), "loss": settings.loss, "lr": settings.qat_lr}
     loaded = load_from_checkpoint(Detector, folder / "qat.ckpt", map_location="cpu", model=network(), **given)
