@@ -15,16 +15,14 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import BaseFinetuning, Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
@@ -34,14 +32,13 @@ from .calibration.batches import run_batch
 from .calibration.collect import check_data
 from .checkpoints import (
     CHECKPOINT_KEY,
-    check_intact,
     check_same_configs,
     frozen_by_config,
     frozen_in,
-    is_site_key,
     reports,
     settings_of,
 )
+from .compatibility import check_averaging, check_compatible, check_freezable, check_order
 from .config import QuantConfig
 from .distillation import Distillation, float_copy
 from .errors import QATError
@@ -51,7 +48,7 @@ from .modes import evaluating, keep_generators, unchanged_tensors, uncompiled
 from .nonfinite import first_non_finite
 from .oscillation import oscillation_penalty, ramp
 from .preparation import Report, restore
-from .quantizer import Quantizer, State, WeightQuantizer, is_prepared, quantizers
+from .quantizer import State, WeightQuantizer, is_prepared, quantizers
 from .ranges import (
     clip_rates,
     freeze_ranges,
@@ -61,30 +58,13 @@ from .ranges import (
     ranges_are_frozen,
     recorded_ranges,
     separate_ranges,
-    stale_ranges,
 )
+from .resuming import IntactCheckpointIO, freeze_stale_ranges, load_guard
 from .targets import LAYERS, layers, prepare_module
 
 DEFAULT_BATCHES = 32
-_AVERAGING = (StochasticWeightAveraging, WeightAveraging)
-_SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 # What the forward of a model raises that is run on something else than it takes.
 _ERRORS_OF_A_FORWARD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_OWN_LAYERS = (BitsandbytesPrecision, TransformerEnginePrecision)
-
-
-class IntactCheckpointIO(TorchCheckpointIO):
-    """Lightning's own reading and writing of checkpoints, with a name for those that are damaged."""
-
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As its base.
-
-        Raises:
-            QATError: For a local file that :func:`~qat.checkpoints.check_intact` refuses.
-        """
-        if Path(path).is_file():
-            check_intact(path)
-        return super().load_checkpoint(path, *args, **kwargs)
 
 
 class QATCallback(Callback):
@@ -218,7 +198,7 @@ class QATCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepare the model."""
-        check_compatible(trainer, self)
+        check_compatible(trainer, self, freezes_batch_norm=self.freeze_bn_epoch is not None)
         if stage == "fit":
             self._ranges = {}
         if not pl_module.automatic_optimization and (self.distill_from is not None or self.dampen_oscillations):
@@ -251,8 +231,8 @@ class QATCallback(Callback):
         self._seen = None if was_prepared or self.target else {id(layer) for layer in layers(pl_module)}
         self._remove_load_hooks()
         self._load_hooks = [
-            pl_module.register_load_state_dict_pre_hook(_load_guard(trainer)),
-            pl_module.register_load_state_dict_post_hook(_freeze_stale_ranges(trainer)),
+            pl_module.register_load_state_dict_pre_hook(load_guard(trainer)),
+            pl_module.register_load_state_dict_post_hook(freeze_stale_ranges(trainer)),
         ]
 
     def _config_for(self, found: Mapping[str, Report]) -> QuantConfig | None:
@@ -278,7 +258,7 @@ class QATCallback(Callback):
         if self.export is not None:
             self._exported(pl_module)
         if learned_ranges(pl_module):
-            _check_order(trainer, self)
+            check_order(trainer, self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Drop what belongs to one run of the trainer."""
@@ -385,7 +365,7 @@ class QATCallback(Callback):
         """Calibrate, unless the sites have ranges."""
         self._remove_load_hooks()
         if self.freeze_ranges_epoch is not None:
-            _check_freezable(trainer, pl_module)
+            check_freezable(trainer, pl_module)
         ranges_to_float32(pl_module)
         if self._distillation is not None:
             teacher = self._distillation.teacher.to(pl_module.device)
@@ -394,7 +374,7 @@ class QATCallback(Callback):
         if self.export is not None:
             self._check_export(trainer, pl_module)
         lost = self._separate_ranges(trainer, pl_module)
-        _check_averaging(trainer)
+        check_averaging(trainer)
         if lost:
             rank_zero_warn(
                 f"no optimizer has the learned ranges of {len(lost)} sites, so they stay: {', '.join(lost[:3])}, ..."
@@ -628,18 +608,6 @@ class QATCallback(Callback):
         )
 
 
-def _check_freezable(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Refuse to freeze learned ranges where DDP waits for the gradient of every parameter that had one at the start."""
-    wrapper = trainer.strategy.model
-    if not isinstance(wrapper, DistributedDataParallel) or wrapper.find_unused_parameters:
-        return
-    if any(amax.requires_grad for amax in learned_ranges(pl_module)):
-        raise QATError(
-            "freeze_ranges_epoch: DDP waits for the gradients of learned ranges, also once they are frozen. Use "
-            "Trainer(strategy='ddp_find_unused_parameters_true'), or leave freeze_ranges_epoch out"
-        )
-
-
 def _add_to_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor, term: Tensor) -> None:
     """Add a term to the loss that is about to be differentiated, in place."""
     # Lightning has divided and scaled the loss already.
@@ -654,58 +622,6 @@ def _check_keys(argument: str, given: Mapping[str, Any], function: Callable[...,
     unknown = [name for name in given if name not in known]
     if unknown:
         raise QATError(f"{argument}: unknown key {unknown[0]!r}; known keys: {', '.join(known)}")
-
-
-def check_compatible(trainer: pl.Trainer, callback: QATCallback) -> None:
-    """Refuse strategies and callbacks that cannot work with ``callback``.
-
-    Raises:
-        QATError: For a sharding strategy, a precision plugin that exchanges layers, for weight averaging that copies the
-            model before it is prepared, and for stochastic weight averaging with frozen batch norm.
-    """
-    if isinstance(trainer.strategy, _SHARDED):
-        raise QATError(
-            f"strategy {type(trainer.strategy).__name__}: not supported, it loads checkpoints after the sites were "
-            "calibrated. Use a single device or DDP"
-        )
-    if isinstance(trainer.precision_plugin, _OWN_LAYERS):
-        raise QATError(
-            f"precision plugin {type(trainer.precision_plugin).__name__}: not supported, it has linear layers of its own "
-            "formats. Use 32-true, 16-mixed, bf16-mixed or bf16-true"
-        )
-    before = True
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if other is callback:
-            before = False
-        elif isinstance(other, StochasticWeightAveraging) and callback.freeze_bn_epoch is not None:
-            raise QATError(
-                "StochasticWeightAveraging resets the batch-norm statistics and cannot re-estimate them while they are "
-                "frozen. Use QATCallback(freeze_bn_epoch=None), or leave the averaging out"
-            )
-        elif isinstance(other, _AVERAGING) and before:
-            name = type(other).__name__
-            raise QATError(f"{name} copies the model before it is prepared: list QATCallback before {name}")
-
-
-def _check_averaging(trainer: pl.Trainer) -> None:
-    """Refuse learning rates of stochastic weight averaging that are fewer than the parameter groups, ranges included."""
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        rates = other._swa_lrs if isinstance(other, StochasticWeightAveraging) else None
-        for optimizer in trainer.optimizers:
-            if isinstance(rates, list) and len(rates) != len(optimizer.param_groups):
-                raise QATError(
-                    f"StochasticWeightAveraging(swa_lrs={rates}): the optimizer has {len(optimizer.param_groups)} parameter "
-                    "groups, one for learned ranges behind each that had some. Pass one rate for all"
-                )
-
-
-def _check_order(trainer: pl.Trainer, callback: QATCallback) -> None:
-    """Refuse callbacks that keep account of parameter groups and would do so before those of ranges exist."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    late = [c for c in callbacks[callbacks.index(callback) :] if isinstance(c, BaseFinetuning)]
-    if late:
-        name = type(late[0]).__name__
-        raise QATError(f"{name} could not resume with the parameter groups of learned ranges: list it before QATCallback")
 
 
 def _has_ranges(model: nn.Module) -> bool:
@@ -770,47 +686,3 @@ def run_module(pl_module: pl.LightningModule, batch: Any) -> None:
         name = type(pl_module).__name__
         raise QATError(f"{name} has no forward and {len(models)} prepared sub-models: pass QATCallback(forward=...)")
     run_batch(models[0], batch, None)
-
-
-def _freeze_stale_ranges(trainer: pl.Trainer) -> Callable[..., None]:
-    """A hook for checkpoints without the state of callbacks (``save_weights_only``), which do not tell of frozen ranges."""
-
-    def freeze(module: nn.Module, keys: Any) -> None:
-        loaded = _loaded(trainer)
-        if loaded and CHECKPOINT_KEY not in loaded:
-            freeze_ranges(module, refresh=False, sites=stale_ranges(module))
-
-    return freeze
-
-
-def _load_guard(trainer: pl.Trainer) -> Callable[..., None]:
-    """A hook that explains a checkpoint whose sites do not fit, where torch would only list its keys.
-
-    Lightning loads the weights before it shows the checkpoint to callbacks.
-    """
-
-    def check(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) -> None:
-        loaded = _loaded(trainer)
-        held = {key for key in state_dict if is_site_key(key, state_dict)}
-        # Not by its state dict: that may be overridden to hold only what trains.
-        sites = ((path, site) for path, site in module.named_modules(remove_duplicate=False) if isinstance(site, Quantizer))
-        needed = {f"{path}.amax" for path, _ in sites}
-        if not loaded or held == needed:
-            return
-        if held or CHECKPOINT_KEY in loaded:
-            check_same_configs(loaded, module)
-        if not held:
-            raise QATError(
-                f"{trainer.ckpt_path}: holds sites without their ranges. Keep '*.amax' where state_dict or on_save_checkpoint "
-                "leaves entries out"
-                if CHECKPOINT_KEY in loaded
-                else f"{trainer.ckpt_path}: a checkpoint of the float model. Load it into the LightningModule before fit, "
-                "without ckpt_path"
-            )
-
-    return check
-
-
-def _loaded(trainer: pl.Trainer) -> dict[str, Any]:
-    """The checkpoint that Lightning is loading at present; empty while a module loads a state dict by itself."""
-    return trainer._checkpoint_connector._loaded_checkpoint

@@ -154,3 +154,13 @@ class Routed(nn.Module):
         if self.where == "less often":
             return self.top(self.left(x) if quantized else self.left(self.left(x)))
         return self.top(self.right(x) if quantized else self.left(x))
+
+
+def routed(where):
+    """Such a model, calibrated, and a batch on which the quantized one goes another way."""
+    torch.manual_seed(0)
+    model, batch = Routed(where).eval(), torch.randn(8, 4)
+    qat.prepare(model, NO_HEAD, example_inputs=batch)
+    qat.calibrate(model, [batch], method="max", progress=False)
+    model.calibrating = False
+    return model, batch

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from prepare_nets import NO_HEAD, Block, Net, Routed, calibrated, conv, images
+from prepare_nets import NO_HEAD, Block, Net, calibrated, conv, images, routed
 from torch import nn
 from torch.nn import functional as F
 
@@ -820,11 +820,7 @@ def test_an_estimate_does_not_take_rows_apart_that_mix(make):
 
 @pytest.mark.parametrize("where", ["elsewhere", "more often", "less often", "fewer rows"])
 def test_layers_that_the_quantized_model_does_not_run_as_the_float_one_are_named(where):
-    torch.manual_seed(0)
-    model, batch = Routed(where).eval(), torch.randn(8, 4)
-    qat.prepare(model, NO_HEAD, example_inputs=batch)
-    qat.calibrate(model, [batch], method="max", progress=False)
-    model.calibrating = False
+    model, batch = routed(where)
     with pytest.raises(qat.QATError, match=r"^(left|right): runs another number of times .* depends on the data"):
         analysis.layer_errors(model, [batch])
 

@@ -602,10 +602,18 @@ def test_logs_of_ranges(what):
         assert all((value > 0) is path.endswith("weight_quantizer") for path, value in drift.items())
 
 
-def test_logging_changes_no_weight():
+class Noisy(Lit):
+    """Draws random numbers in evaluation, too."""
+
+    def forward(self, x):
+        return self.model(x + 0.1 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("module", [Lit, Noisy])
+def test_logging_changes_no_weight(module):
     models = []
     for what in ("sites", None):
-        lit = Lit()
+        lit = module()
         fit(lit, callback(log_ranges=what), epochs=2)
         models.append(lit.state_dict())
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())

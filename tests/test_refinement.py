@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from ort import open_as_written
-from prepare_nets import NO_HEAD, Net, Routed
+from prepare_nets import Net, routed
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
@@ -664,11 +664,7 @@ def test_parametrized_layers_and_half_precision_are_not_equalized():
 
 @pytest.mark.parametrize("where", ["elsewhere", "less often", "fewer rows"])
 def test_rounding_names_a_layer_that_the_quantized_model_does_not_run_as_the_float_one(where):
-    torch.manual_seed(0)
-    model, batch = Routed(where).eval(), torch.randn(8, 4)
-    qat.prepare(model, NO_HEAD, example_inputs=batch)
-    qat.calibrate(model, [batch], method="max", progress=False)
-    model.calibrating = False
+    model, batch = routed(where)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(qat.QATError, match=r"^(left|right): runs another number of times .* depends on the data"):
         qat.round_weights(model, [batch], steps=1, progress=False)
