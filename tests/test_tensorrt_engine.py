@@ -6,6 +6,7 @@ tested is that the right bytes lie at the right addresses. Real runs are marked 
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 
 import export_nets
@@ -20,8 +21,16 @@ import qat
 from qat.errors import QATError
 from qat.tensorrt import Engine, Runtime, build, inspect, layer_times, load
 from qat.tensorrt.cuda import Cuda, has_gpu, local_target
+from qat.tensorrt.runtime import MODULES
 
-needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="running an engine needs a CUDA device")]
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="running an engine needs a CUDA device"),
+    pytest.mark.skipif(
+        not any(importlib.util.find_spec(module) for module in MODULES),
+        reason="running an engine needs TensorRT (pip install -e '.[tensorrt]') or TensorRT-RTX (pip install -e '.[rtx]')",
+    ),
+]
 
 
 @pytest.fixture(params=VERSIONS)
@@ -428,19 +437,21 @@ def test_rtx_itself_reports_why_it_cannot_deserialize(rtx_engine):
 # --- really, on a GPU ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """An exported network, and its engine for this GPU."""
+    path = tmp_path_factory.mktemp("gpu") / "tiny.onnx"
+    qat.export_onnx(export_nets.tiny(), path, export_nets.images())
+    major, minor = torch.cuda.get_device_capability()
+    runtime = qat.tensorrt.find_runtime()
+    targets = {"targets": [f"SM{major}{minor}"]} if runtime.is_rtx else {}
+    return path, build(path, runtime=runtime, **targets)
+
+
 class TestOnGpu:
     """Against ONNX Runtime on the CPU, on the runtime that is installed."""
 
     pytestmark = needs_gpu
-
-    @pytest.fixture(scope="class")
-    def built(self, tmp_path_factory):
-        path = tmp_path_factory.mktemp("gpu") / "tiny.onnx"
-        qat.export_onnx(export_nets.tiny(), path, export_nets.images())
-        major, minor = torch.cuda.get_device_capability()
-        runtime = qat.tensorrt.find_runtime()
-        targets = {"targets": [f"SM{major}{minor}"]} if runtime.is_rtx else {}
-        return path, build(path, runtime=runtime, **targets)
 
     @staticmethod
     def reference(path, x):
