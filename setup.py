@@ -54,6 +54,7 @@ setup(
         "test": [
             *(*NOTEBOOKS, *REPORT, *DETECTION, *RTX),
             *("pytest", "pytest-xdist", "filelock", "hypothesis", "timm", "ruff", "mypy"),
+            "jsonargparse[signatures]",  # LightningCLI
         ],
     },
     entry_points={"console_scripts": ["qat = qat.cli:main"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -84,6 +85,13 @@ def load_from_checkpoint(
                 )
             prepare_module(self, given)
         self.on_load_checkpoint(checkpoint)
+
+    saved_arguments = checkpoint.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY)
+    takes_any = inspect.getfullargspec(module_class.__init__).varkw is not None
+    if isinstance(saved_arguments, Mapping) and "_class_path" in saved_arguments and not takes_any:
+        # Written by LightningCLI, which chose among subclasses. Lightning leaves such an entry out, but looks before whether it
+        # names a subclass of the class below, which there is none of.
+        arguments["_class_path"] = None
 
     # A class for this call alone: Lightning shows the checkpoint to the module before it loads the weights.
     loading: Any = type(module_class.__name__, (module_class,), {"on_load_checkpoint": on_load_checkpoint})

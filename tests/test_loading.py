@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from test_callback import IMAGES, Lit, callback, fit, loader, make_net, make_trainer
 from torch import nn
 
@@ -47,6 +48,14 @@ class Sized(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.05)
+
+
+class Chosen(Sized):
+    """What a command line may choose instead, with an argument of its own."""
+
+    def __init__(self, width: int, late: bool = False, temperature: float = 1.0):
+        super().__init__(width, late)
+        self.temperature = temperature
 
 
 @pytest.fixture
@@ -224,3 +233,31 @@ def test_what_is_no_checkpoint_is_named(kind, tmp_path, capsys):
     with pytest.raises(qat.QATError, match=r"x\.ckpt"):
         qat.load_from_checkpoint(Lit, path)
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("subclasses", [False, True])
+def test_a_checkpoint_of_lightning_cli(subclasses, late, tmp_path):
+    pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse[signatures]")
+    path = tmp_path / "cli.ckpt"
+    chosen = [f"--model={Chosen.__module__}.Chosen"] if subclasses else []
+    trained = LightningCLI(
+        Sized if subclasses else Chosen,
+        subclass_mode_model=subclasses,
+        args=[*chosen, "--model.width=6", f"--model.late={late}", "--model.temperature=2"],
+        run=False,
+        save_config_callback=None,
+    ).model
+    trainer = make_trainer(callback({"learn_scales": True}))
+    trainer.fit(trained, loader())
+    trainer.save_checkpoint(path)
+    loaded = qat.load_from_checkpoint(Chosen, path)
+    assert type(loaded) is Chosen
+    assert loaded.temperature == 2
+    assert torch.equal(loaded.eval()(IMAGES), trained.eval()(IMAGES))
+    # The class that is asked for, as Lightning does.
+    base = qat.load_from_checkpoint(Sized, path)
+    assert type(base) is Sized
+    assert torch.equal(base.eval()(IMAGES), trained(IMAGES))
+    with pytest.raises(qat.QATError, match="size mismatch"):
+        qat.load_from_checkpoint(Chosen, path, width=5)
