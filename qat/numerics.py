@@ -370,7 +370,8 @@ def check_scale(x: Tensor, scale: Tensor, axis: int | None) -> None:
 
 def lsq_factor(x: Tensor, scale: Tensor, fmt: Format) -> float:
     """What the gradient of ``scale`` is multiplied by (LSQ, section 2.2); 1 if it needs none."""
-    if not scale.requires_grad:
+    # torch.jit.trace compares a graph with one made without gradients, and the factor is a constant in it.
+    if not scale.requires_grad and not torch.jit.is_tracing():
         return 1.0
     return 1.0 / math.sqrt(max(x.numel() // max(scale.numel(), 1), 1) * fmt.qmax)
 

@@ -593,3 +593,20 @@ def test_is_prepared_sees_any_site():
 @pytest.mark.parametrize(("float_class", "cls"), [(nn.Linear, QuantLinear), (nn.Conv2d, QuantConv2d)])
 def test_torch_layers_have_named_classes(float_class, cls):
     assert quant_class(float_class) is cls
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("learn_scales", [False, True])
+def test_a_trace_is_the_same_with_and_without_gradients(learn_scales):
+    # TensorBoard's picture of a model is such a trace; torch compares it with a second one, made without gradients.
+    module = calibrated(learn_scales=learn_scales)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    traced = torch.jit.trace(module, x)
+    assert torch.equal(traced(x), module(x))
+    for each in (traced, module):
+        each(x).square().sum().backward()
+        gradients = [parameter.grad.clone() for parameter in module.parameters()]
+        module.zero_grad()
+        if each is traced:
+            of_trace = gradients
+    assert all(map(torch.equal, of_trace, gradients))
