@@ -53,7 +53,7 @@ setup(
         "notebooks": NOTEBOOKS,
         "test": [
             *(*NOTEBOOKS, *REPORT, *DETECTION, *RTX),
-            *("pytest", "pytest-xdist", "filelock", "hypothesis", "timm", "ruff", "mypy"),
+            *("pytest", "pytest-xdist>=3.7", "filelock", "hypothesis", "timm", "ruff", "mypy"),
             "jsonargparse[signatures]",  # LightningCLI
         ],
     },
