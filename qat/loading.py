@@ -89,8 +89,8 @@ def load_from_checkpoint(
     saved_arguments = checkpoint.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY)
     takes_any = inspect.getfullargspec(module_class.__init__).varkw is not None
     if isinstance(saved_arguments, Mapping) and "_class_path" in saved_arguments and not takes_any:
-        # Written by LightningCLI, which chose among subclasses. Lightning leaves such an entry out, but looks before whether it
-        # names a subclass of the class below, which there is none of.
+        # The subclass that LightningCLI was told to train. Lightning does not pass it to a class that has no argument for it,
+        # but first refuses it unless it names a subclass of the one that is loaded: the class below has none.
         arguments["_class_path"] = None
 
     # A class for this call alone: Lightning shows the checkpoint to the module before it loads the weights.

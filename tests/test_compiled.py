@@ -117,27 +117,19 @@ def test_compile_options_are_ones_that_torch_has(mode):
 @pytest.mark.parametrize("learned", [False, True])
 def test_compile_options_change_no_result(learned):
     x = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-    def drawn(seed):
-        torch.manual_seed(seed)
-        model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
-        qat.prepare(model, qat.QuantConfig(learn_scales=learned), example_inputs=x)
-        qat.calibrate(model, [x], method="max", progress=False)
-        return model.eval()
-
-    model = drawn(0)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    compiled = torch.compile(model, fullgraph=True, options=qat.compile_options())
-    agree = []
-    for seed in range(5):
-        model.load_state_dict(drawn(seed).state_dict())
-        found = []
-        for step in (model, compiled):
-            y = step(x)
-            found.append((y.detach(), *torch.autograd.grad(y.logsumexp(1).sum(), parameters)))
-        agree.append(all(torch.allclose(c, e, rtol=1e-3, atol=1e-5) for e, c in zip(*found, strict=True)))
     # Sums in another order bring a value across a tie for two draws of twelve, and with it all that depends on its code.
-    assert sum(agree) >= 3, agree
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+    qat.prepare(model, qat.QuantConfig(learn_scales=learned), example_inputs=x)
+    qat.calibrate(model, [x], method="max", progress=False)
+    model.eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for step in (model, torch.compile(model, fullgraph=True, options=qat.compile_options())):
+        y = step(x)
+        found.append((y.detach(), *torch.autograd.grad(y.logsumexp(1).sum(), parameters)))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
 
 
 def inside(x, scale, fmt):

@@ -603,10 +603,9 @@ def test_a_trace_is_the_same_with_and_without_gradients(learn_scales):
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     traced = torch.jit.trace(module, x)
     assert torch.equal(traced(x), module(x))
+    found = []
     for each in (traced, module):
         each(x).square().sum().backward()
-        gradients = [parameter.grad.clone() for parameter in module.parameters()]
+        found.append([parameter.grad.clone() for parameter in module.parameters()])
         module.zero_grad()
-        if each is traced:
-            of_trace = gradients
-    assert all(map(torch.equal, of_trace, gradients))
+    assert all(map(torch.equal, *found))

@@ -418,6 +418,9 @@ def test_run_succeeds_and_writes_everything(finished):
         *(f"{stem}{end}" for stem in ENGINES for end in ("-engine.onnx", ".plan") if HAS_RTX),
     }
     assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+    parity = json.loads((out / "metrics.json").read_text())["parity"]
+    assert len(parity) == 8
+    assert {figures["top1_agreement"] for figures in parity.values()} == {1.0}
 
 
 @pytest.mark.parametrize(("row", "file"), [("float", "float"), ("ptq", "ptq"), ("qat", "qat"), ("qat_fused", "qat-fused")])
