@@ -6,8 +6,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "qat" / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
-assert VERSION is not None, "qat/__init__.py holds no __version__"
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "qat" / "support" / "version.py").read_text(encoding="utf-8"), re.MULTILINE
+)
+assert VERSION is not None, "qat/support/version.py holds no __version__"
 
 RECIPES = ["scikit-learn", "matplotlib"]
 DETECTION = [*RECIPES, "scikit-image", "torchmetrics", "pycocotools"]

@@ -88,7 +88,7 @@ def ranges_of(model: Any, device: Any) -> Any:
     """All ranges in a row; none of the float model."""
     import torch
 
-    from qat.quantizer import quantizers
+    from qat.core.quantizer import quantizers
 
     return torch.cat([torch.zeros(0, device=device), *(site.amax.detach().flatten() for _, site in quantizers(model))])
 

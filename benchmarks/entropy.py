@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import qat
 from qat.calibration.methods import METHODS, amax_by_entropy
-from qat.quantizer import quantizers, set_ranges
+from qat.core.quantizer import quantizers, set_ranges
 from qat.recipes.data import load
 from qat.recipes.models import build
 

@@ -34,8 +34,8 @@ from torch.overrides import TorchFunctionMode
 
 import qat
 from qat.export import ParityReport
-from qat.export.comparison import _evaluating, _float32, _recorded, _ReversedSums
-from qat.export.report import Difference
+from qat.verify.differences import Difference
+from qat.verify.onnx_parity import _evaluating, _float32, _recorded, _ReversedSums
 
 # What PyTorch does differently: oneDNN kernels, channels-last, sums from last to first.
 YARDSTICKS = {

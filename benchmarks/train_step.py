@@ -70,7 +70,7 @@ def with_torch_operators(model: Any) -> Any:
     """Every site computed by torch's own operator, which multiplies by the reciprocal of the scale."""
     import torch
 
-    from qat.quantizer import Quantizer, WeightQuantizer
+    from qat.core.quantizer import Quantizer, WeightQuantizer
 
     class PerTensor(Quantizer):
         def forward(self, x: Any) -> Any:

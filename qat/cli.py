@@ -229,7 +229,7 @@ def _named(inputs: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def _write(path: str, content: bytes) -> None:
-    from .tensorrt.files import write_whole
+    from .support.files import write_whole
 
     write_whole(path, content)
 
@@ -276,7 +276,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from .export.check import check_onnx
+    from .graph.check import check_onnx
 
     findings = check_onnx(args.onnx, target=args.target, sm=args.sm)
     levels = Counter(finding.level for finding in findings)
@@ -310,8 +310,8 @@ def _add_simplify(parser: argparse.ArgumentParser) -> None:
 
 
 def _simplify(args: argparse.Namespace) -> int:
-    from .export.reading import read_model
-    from .export.simplify import simplify
+    from .graph.reading import read_model
+    from .graph.simplify import simplify
 
     inputs = None
     if args.inputs is not None:
@@ -527,7 +527,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.rules:
         import yaml
 
-        from .tensorrt.files import write_whole
+        from .support.files import write_whole
 
         write_whole(args.rules, yaml.safe_dump({"rules": inspection.rules}, sort_keys=False).encode())
     return FOUND if inspection.lost else OK
@@ -555,8 +555,8 @@ def _verify(args: argparse.Namespace) -> int:
     if args.engine is None and args.model is None:
         raise QATError("nothing to compare with ONNX Runtime: pass --engine, --model or both")
     if args.inputs is None:
-        from .export.reading import read_model
-        from .export.samples import random_inputs
+        from .graph.reading import read_model
+        from .graph.samples import random_inputs
 
         inputs: Any = random_inputs(read_model(args.onnx), batch=args.batch)
     else:

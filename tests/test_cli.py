@@ -209,7 +209,7 @@ def test_lost_int8_is_exit_status_1(capsys, path, tmp_path):
     status, out, _ = run(capsys, "inspect", tmp_path / "m.onnx", "--rules", tmp_path / "rules.yaml")
     assert status == 1
     assert "5 of 6 quantized convs" in out
-    assert qat.QuantConfig.from_yaml(tmp_path / "rules.yaml").rules == (qat.config.Rule("block1.conv1", quantize=False),)
+    assert qat.QuantConfig.from_yaml(tmp_path / "rules.yaml").rules == (qat.core.config.Rule("block1.conv1", quantize=False),)
     status, _, error = run(capsys, "inspect", tmp_path / "m.onnx", "--rules", tmp_path / "missing" / "rules.yaml")
     assert status == 2
     assert "rules.yaml: cannot be written" in error

@@ -1,7 +1,10 @@
 """What the package offers, and what importing it costs."""
 
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,19 +21,28 @@ PUBLIC = {
     "Rule",
     "__version__",
     "analysis",
+    "batchnorm",
     "bench",
     "calibrate",
+    "calibration",
+    "checkpoints",
     "compile_options",
     "correct_biases",
+    "distillation",
     "equalize",
+    "export",
     "export_onnx",
     "fake_quantize",
+    "inputs",
     "interop",
     "load_from_checkpoint",
     "nn",
     "oscillation_penalty",
     "parity",
+    "preparation",
     "prepare",
+    "quantizer",
+    "ranges",
     "report",
     "restore",
     "round_weights",
@@ -71,3 +83,23 @@ def test_import_takes_less_than_a_tenth_of_a_second():
 def test_preparing_needs_neither_lightning_nor_onnx():
     code = "import sys, qat; qat.prepare, qat.calibrate; print({'lightning', 'onnx', 'onnxruntime'} & set(sys.modules))"
     assert run(code) == "set()\n"
+
+
+ROOT = Path(__file__).parents[1]
+# Programs (python -m qat.recipes.resnet), and what is told by its short name.
+NOT_CALLED = {"cli", "recipes", "errors", "config"}
+
+
+def told():
+    """Names ``qat.x`` that README, documentation and notebooks tell a user to call or import."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        texts += ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    # Not files such as qat.onnx, nor the quotes around them.
+    pattern = re.compile(r"(?<![\w./-])qat\.(?!(?:onnx|pth|ckpt|pt|plan)\b)([a-zA-Z]\w*)")
+    return {name for text in texts for name in pattern.findall(text)}
+
+
+@pytest.mark.parametrize("name", sorted(told() - NOT_CALLED))
+def test_what_documentation_tells_to_call_is_listed(name):
+    assert name in dir(qat)

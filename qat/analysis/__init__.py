@@ -5,7 +5,7 @@ from .estimate import estimate_sensitivity
 from .metrics import kl_divergence, relative_error
 from .precision import MixedPrecision, layer_times, mixed_precision
 from .ranges import Changes, ClipRates, Ranges, clip_rates, compare, ranges
-from .report import LayerSensitivity, Sensitivity
+from .results import LayerSensitivity, Sensitivity
 from .sensitivity import sensitivity
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import QATError
 from .layers import Layer, analysing, each_batch
 from .metrics import Distance, floats
-from .report import Result, make_table
+from .results import Result, make_table
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import QATError
 from .layers import Bench, Layer, analysing, each_batch
 from .metrics import floats, relative_error
-from .report import Sensitivity, ranked
+from .results import Sensitivity, ranked
 
 
 def estimate_sensitivity(model: nn.Module, batches: Iterable[Any], *, draws: int = 4, seed: int = 0) -> Sensitivity:

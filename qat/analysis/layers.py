@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..calibration.batches import run_batch
+from ..core.quantizer import Quantizer, State, quantizers
 from ..errors import QATError
-from ..modes import evaluating, isolated_random, unchanged_tensors, uncompiled
 from ..nn.add import QuantAdd
 from ..nn.attention import QuantAttention
 from ..nn.layers import CONVS, CONVS_TRANSPOSED, QuantLayer
 from ..nn.mul import QuantMul
 from ..nn.pool import QuantPool
-from ..quantizer import Quantizer, State, quantizers
+from ..support.batches import run_batch
+from ..support.modes import evaluating, isolated_random, unchanged_tensors, uncompiled
 
 _KINDS = {QuantAttention: "attention", QuantAdd: "add", QuantMul: "gate", QuantPool: "pool"}
 

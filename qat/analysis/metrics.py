@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import QATError
-from ..inputs import output_tensors
+from ..support.inputs import output_tensors
 
 # ``metric(outputs, reference, batch)``: outputs of the model as it is and in float, and the batch. Lower is better.
 Metric = Callable[[Any, Any, Any], Tensor | float]

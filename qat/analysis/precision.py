@@ -12,17 +12,17 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..calibration.batches import example_of
-from ..config import Rule
+from ..core.config import Rule
+from ..core.quantizer import Quantizer
 from ..errors import QATError
 from ..nn.add import QuantAdd
 from ..nn.mul import QuantMul
 from ..preparation import prepared_report, restore
 from ..preparation.plan import make_plan
-from ..quantizer import Quantizer
+from ..support.batches import example_of
 from .layers import Layer, analysing, each_batch
 from .metrics import Mean, Metric, relative_error
-from .report import Result, Sensitivity, make_table
+from .results import Result, Sensitivity, make_table
 from .sensitivity import sensitivity
 
 if TYPE_CHECKING:

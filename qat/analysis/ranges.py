@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..calibration.histogram import Histogram
 from ..calibration.methods import quality
 from ..calibration.observers import HistogramObserver
+from ..core.quantizer import Quantizer, State, WeightQuantizer, quantizers, watching
 from ..errors import QATError
-from ..quantizer import Quantizer, State, WeightQuantizer, quantizers, watching
-from ..ranges import clip_rates as measured_clip_rates
+from ..training.ranges import clip_rates as measured_clip_rates
 from .layers import each_batch, running
 from .metrics import Distance
-from .report import Result, make_table, plain
+from .results import Result, make_table, plain
 
 
 @dataclass(frozen=True)

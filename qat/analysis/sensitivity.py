@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import QATError
-from ..inputs import output_tensors
+from ..support.inputs import output_tensors
 from .layers import Bench, analysing, each_batch
 from .metrics import Mean, Metric, relative_error
 from .replay import Recording
-from .report import TITLES, Sensitivity, ranked
+from .results import TITLES, Sensitivity, ranked
 
 
 def sensitivity(model: nn.Module, batches: Iterable[Any], *, metric: Metric | None = None, switch: str = "on") -> Sensitivity:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import QATError
-from ..inputs import call
+from ..support.inputs import call
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, torch.dtype, torch.device)
 

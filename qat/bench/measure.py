@@ -13,8 +13,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import __version__
 from ..errors import QATError
+from ..support.version import __version__
 from .cuda import Event, Stream
 from .gpu import GpuMonitor
 from .result import Latency, NoSynchronisation, Settings

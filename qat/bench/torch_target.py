@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import QATError
-from ..inputs import call, tensors
+from ..support.inputs import call, tensors
 from .capture import CudaGraph, cuda_graph
 from .target import Target, batch_of
 

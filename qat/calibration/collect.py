@@ -13,10 +13,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from ..core.quantizer import Quantizer, State, WeightQuantizer, quantizers
 from ..errors import QATError
-from ..modes import evaluating, isolated_random, uncompiled
-from ..quantizer import Quantizer, State, WeightQuantizer, quantizers
-from .batches import run_batch
+from ..support.batches import run_batch
+from ..support.modes import evaluating, isolated_random, uncompiled
 from .methods import check_method, check_weight_method
 from .observers import HistogramObserver, SiteObserver, WeightObserver, settle
 from .reduce import failed_ranks, rank, reduce_observers

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import kernels
+from ..core import kernels
 from ..errors import QATError
 
 BINS = 4096
@@ -98,7 +98,7 @@ class _DeviceCounts:
     """
 
     def __init__(self, device: torch.device) -> None:
-        from .. import triton_kernels
+        from ..core import triton_kernels
 
         self._kernels = triton_kernels
         fast = triton_kernels.FAST_HISTOGRAM

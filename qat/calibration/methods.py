@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..core.kernels import fake_quantize
+from ..core.numerics import INT8, Format, amax_to_scale, largest_magnitude
 from ..errors import QATError
-from ..kernels import fake_quantize
-from ..numerics import INT8, Format, amax_to_scale, largest_magnitude
 from .histogram import Histogram
 
 METHODS = ("max", "percentile", "mse", "entropy")
@@ -180,7 +180,7 @@ def weight_amax_by_mse(weight: Tensor, axis: int | None = None, *, fmt: Format =
         NaN and infinity of a channel are its range.
 
     Example:
-        >>> from qat.numerics import INT4
+        >>> from qat.core.numerics import INT4
         >>> weight = torch.cat([torch.linspace(-1, 1, 99), torch.tensor([1.6])])
         >>> weight_amax_by_mse(weight, fmt=INT4)
         tensor(1.3600)

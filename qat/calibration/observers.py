@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..core.quantizer import WeightQuantizer
 from ..errors import QATError
-from ..quantizer import WeightQuantizer
 from .histogram import Histogram, float_of_bits
 from .methods import weight_amax_by_mse
 

@@ -8,8 +8,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ..quantizer import Quantizer, set_ranges
-from ..text import as_text
+from ..core.quantizer import Quantizer, set_ranges
+from ..support.text import as_text
 from .histogram import Histogram
 from .methods import check_method, find_ranges, quality
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import QATError
-from ..inputs import tensors
+from ..support.inputs import tensors
 
 
 def call_arguments(inputs: Any, argument: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

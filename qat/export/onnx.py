@@ -24,14 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..core.numerics import INT8
+from ..core.quantizer import is_prepared, quantizers
 from ..errors import QATError
-from ..inputs import tensors
-from ..numerics import INT8
-from ..quantizer import is_prepared, quantizers
-from . import graph, halves, retype
-from . import opset as opsets
-from . import precision as precisions
-from .check import check_onnx
+from ..graph import halves, retype
+from ..graph import opset as opsets
+from ..graph import precision as precisions
+from ..graph.check import check_onnx
+from ..support.inputs import tensors
+from . import pairs as graph
 from .inputs import call_arguments, graph_feeds, output_names, run
 from .program import rewrite
 from .state import SCALE, exporting
@@ -72,7 +73,7 @@ def export_onnx(
         precision: What everything that is not quantized computes in: ``"fp32"``, ``"fp16"`` or ``"bf16"``. TensorRT 11 and
             TensorRT-RTX compute what the file says. For TensorRT 8.6 leave it at ``"fp32"`` and build with the FP16 and
             INT8 flags. The scales stay in float32, so that codes do not change; what else does is told in
-            :mod:`qat.export.precision`. From opset 23 there are no Casts around Q/DQ pairs, which needs a recent parser, and
+            :mod:`qat.graph.precision`. From opset 23 there are no Casts around Q/DQ pairs, which needs a recent parser, and
             ONNX Runtime without graph optimizations. ``"bf16"`` needs opset 22, and ONNX Runtime's CPU kernels do not run it.
         dynamic_batch: Leave the first dimension of the inputs open. Inputs whose first dimension differs from that of
             the first input keep their shape.

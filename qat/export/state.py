@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.numerics import INT8
+from ..core.quantizer import Quantizer, State, WeightQuantizer, quantizers
 from ..errors import QATError
 from ..nn.add import QuantAdd
-from ..numerics import INT8
-from ..quantizer import Quantizer, State, WeightQuantizer, quantizers
 from .inputs import output_names, run
 
 # The buffer that a site reads its scale from, there during an export only.

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.quantizer import Quantizer, WeightQuantizer, passing, quantizers, set_ranges, watching
 from ..errors import QATError
-from ..inputs import call
-from ..modes import evaluating, unchanged_tensors, uncompiled
 from ..preparation import prepared_report
-from ..quantizer import Quantizer, WeightQuantizer, passing, quantizers, set_ranges, watching
+from ..support.files import read_whole
+from ..support.inputs import call
+from ..support.modes import evaluating, unchanged_tensors, uncompiled
 from ..tensorrt.calibrators import CACHE_HEADER
-from ..tensorrt.files import read_whole
 from .fit import smallest_range
 from .result import Imported
 
@@ -193,8 +193,8 @@ def _observe(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[Tens
 def _graph_values(
     onnx_path: str | os.PathLike[str], example_inputs: Any, among: Mapping[str, Any] | None
 ) -> dict[str, np.ndarray]:
+    from ..graph.run import Graph
     from ..verify.feeds import graph_feeds
-    from ..verify.graph import Graph
 
     graph = Graph(onnx_path)
     feeds = graph_feeds(graph, example_inputs, "example_inputs")

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..core.quantizer import Quantizer, is_prepared
 from ..errors import QATError
 from ..preparation.check import check_model
-from ..quantizer import Quantizer, is_prepared
 from .place import Placement, set_present
 from .result import Imported
 from .source import Source, drop_disabled, is_tensor_quantizer, read_quantizer, read_state, split_state

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..core.numerics import SCALE_MIN, Format
 from ..errors import QATError
-from ..numerics import SCALE_MIN, Format
 from .source import Source
 
 

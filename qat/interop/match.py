@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..core.quantizer import Quantizer
 from ..errors import QATError
 from ..nn.add import QuantAdd
 from ..preparation.plan import Plan, Slot, slots
-from ..quantizer import Quantizer
 from .source import Source
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import QuantConfig, Rule
+from ..core.config import QuantConfig, Rule
+from ..core.quantizer import Quantizer, WeightQuantizer, quantizers
 from ..errors import QATError
 from ..nn.add import Add
 from ..nn.layers import is_conv_transposed, is_quantizable
@@ -19,7 +20,6 @@ from ..preparation.check import check_model
 from ..preparation.flow import has_forward, is_weighted
 from ..preparation.plan import Plan, Slot, make_plan
 from ..preparation.swap import apply_plan
-from ..quantizer import Quantizer, WeightQuantizer, quantizers
 from .fit import fitted, notes_on
 from .match import canonical, join, match, planned_sites, present_sites
 from .result import Imported

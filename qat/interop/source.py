@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.numerics import FORMATS, INT4, INT8, Format
 from ..errors import QATError
-from ..files import read_tensors
-from ..numerics import FORMATS, INT4, INT8, Format
+from ..support.tensor_files import read_tensors
 
 # The last parts of a quantizer's keys. A learned range is stored as the limits of its clipping.
 _AMAX, _LOW, _HIGH = "_amax", "clip.clip_value_min", "clip.clip_value_max"

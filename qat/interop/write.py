@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from ..core.quantizer import Quantizer, State, WeightQuantizer, is_prepared
 from ..errors import QATError
 from ..nn.add import QuantAdd
 from ..nn.attention import QuantAttention
 from ..nn.layers import InterceptedLayer, QuantLayer
 from ..nn.mul import QuantMul
 from ..nn.pool import QuantPool
-from ..quantizer import Quantizer, State, WeightQuantizer, is_prepared
 from .match import join
 
 

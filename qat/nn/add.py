@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import fake_quantize_add
-from ..quantizer import Quantizer
+from ..core.kernels import fake_quantize_add
+from ..core.quantizer import Quantizer
 
 
 class Add(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..quantizer import Quantizer, State, WeightQuantizer
+from ..core.quantizer import Quantizer, State, WeightQuantizer
 from .derive import Derived
 
 

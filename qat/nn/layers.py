@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..config import SiteConfig
-from ..quantizer import Quantizer, State, WeightQuantizer
+from ..core.config import SiteConfig
+from ..core.quantizer import Quantizer, State, WeightQuantizer
 from . import recompute
 from .derive import Derived
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..quantizer import Quantizer
+from ..core.quantizer import Quantizer
 
 
 class QuantMul(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..quantizer import Quantizer
+from ..core.quantizer import Quantizer
 from .derive import Derived
 
 AVERAGE_POOLS = (

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import kernels
+from ..core import kernels
+from ..core.kernels import fake_quantize_range
+from ..core.numerics import Format
+from ..core.quantizer import Quantizer, WeightQuantizer
 from ..errors import QATError
-from ..kernels import fake_quantize_range
-from ..numerics import Format
-from ..quantizer import Quantizer, WeightQuantizer
 
 # Stride, padding, dilation and groups of a convolution, as in ``torch.nn.functional.conv2d``; ``None`` for a linear layer.
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import QuantConfig
+from ..core.config import QuantConfig
+from ..core.quantizer import is_prepared
 from ..errors import QATError
-from ..quantizer import is_prepared
 from .check import check_model
+from .placement import Left, Report, Site
 from .plan import make_plan
-from .report import Left, Report, Site
 from .swap import REPORT, apply_plan, undo
 
 __all__ = ["Left", "Report", "Site", "prepare", "prepared_report", "restore"]

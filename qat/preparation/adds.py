@@ -9,7 +9,7 @@ from torch import fx
 
 from ..nn.add import Add
 from .flow import Flow
-from .report import Left
+from .placement import Left
 from .run import Operand, Run
 from .source import ADD_FORMS, Key
 from .trace import Trace, is_activation, located_add, located_pool

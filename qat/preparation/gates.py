@@ -16,7 +16,7 @@ from torch import fx
 from ..nn.pool import AVERAGE_POOLS
 from .adds import IN_PLACE, Located, read_later
 from .flow import Flow, output_of
-from .report import Left
+from .placement import Left
 from .source import MUL_FORMS, Key
 from .trace import Trace, data_inputs, is_activation, located_mul, located_pool
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..config import QuantConfig, SiteConfig, matches
+from ..core.config import QuantConfig, SiteConfig, matches
 from ..errors import QATError
 from ..nn.add import Add
 from ..nn.layers import QUANTIZABLE, is_conv_transposed
@@ -20,7 +20,7 @@ from .fast import PATCHES, UNREAD, cuts_patches, is_read, read_values
 from .flow import Flow, has_forward
 from .gates import find_gates
 from .head import find_head
-from .report import Left
+from .placement import Left
 from .run import Run, observe
 from .trace import Trace
 

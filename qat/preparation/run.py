@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..inputs import call, tensors
+from ..support.inputs import call, tensors
 from .flow import Flow
 from .source import ADD_FORMS, Key, derive_class, plain_operation
 

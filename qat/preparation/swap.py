@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import SiteConfig
+from ..core.config import SiteConfig
+from ..core.quantizer import Quantizer, WeightQuantizer
 from ..nn.add import Add, QuantAdd
 from ..nn.attention import QuantAttention, allow_fused_path, keep_python_path, projections, quant_attention_class
 from ..nn.derive import Derived
 from ..nn.layers import CONVS, CONVS_TRANSPOSED, make_weight_quantizer, quant_class
 from ..nn.mul import QuantMul
 from ..nn.pool import QuantPool, quant_pool_class
-from ..quantizer import Quantizer, WeightQuantizer
+from .placement import Report, Site
 from .plan import Plan, PlannedExpression, Slot
-from .report import Report, Site
 from .source import Key, derive_class, read_class
 
 REPORT = "_qat_report"

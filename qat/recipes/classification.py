@@ -31,17 +31,17 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
-from .. import __version__
-from ..checkpoints import fingerprint
+from ..core.numerics import INT8
+from ..core.quantizer import quantizers
 from ..errors import QATError
 from ..export import ParityReport, export_float, export_onnx, parity
-from ..numerics import INT8
-from ..quantizer import quantizers
+from ..support.version import __version__
+from ..training.checkpoints import fingerprint
 from .data import ImageData, load
 from .evaluation import accuracy, cpu_latency, open_session, predict_onnx, predict_torch
 from .options import RecipeSettings
-from .report import Result, append_row, draw, make_table, markdown_row, over_seeds, parity_table
 from .settings import ClassifierSettings, parse
+from .tables import Result, append_row, draw, make_table, markdown_row, over_seeds, parity_table
 from .training import device_of, make_trainer, stage
 from .variants import LABELS, labels, train_all
 

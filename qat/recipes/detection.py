@@ -32,22 +32,22 @@ from torch import Tensor, nn
 
 from ..calibration import calibrate
 from ..calibration.methods import METHODS
-from ..callbacks import QATCallback
-from ..checkpoints import fingerprint
-from ..config import QuantConfig
+from ..core.config import QuantConfig
 from ..errors import QATError
 from ..export import ParityReport, export_float, export_onnx, parity
+from ..lightning.callback import QATCallback
 from ..preparation import prepare
+from ..training.checkpoints import fingerprint
 from .boxes import distillation_loss, precision
 from .classification import finished, origin, versions
-from .detection_report import Detected, draw, make_table, markdown_row, over_seeds, parity_table
+from .detection_tables import Detected, draw, make_table, markdown_row, over_seeds, parity_table
 from .detector import LOSSES, Detector, detect_onnx, detect_torch, fit
 from .evaluation import cpu_latency, open_session
 from .options import RecipeSettings, option
-from .report import append_row
 from .scenes import LOADERS, SceneData, load
 from .settings import parse
 from .ssdlite import COCO, TINY, SSDLite, load_tensorflow, make_anchors
+from .tables import append_row
 from .tfjs import read_tensors
 from .training import make_trainer, stage
 from .variants import LABELS, LEARNED

@@ -15,7 +15,7 @@ from torchvision.models import EfficientNet, MobileNetV2, VisionTransformer
 from torchvision.models.efficientnet import MBConvConfig
 
 from ..errors import QATError
-from ..files import read_tensors
+from ..support.tensor_files import read_tensors
 
 RESNETS = ("resnet20", "resnet18", "resnet34", "resnet50", "resnet101")
 MOBILENETS = ("mobilenet_v2_small", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")

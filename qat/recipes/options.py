@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, field, fields
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
-from ..config import QuantConfig
+from ..core.config import QuantConfig
 from ..errors import QATError
 
 Settings = TypeVar("Settings", bound="RecipeSettings")

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from ..errors import QATError
-from ..files import read_tensors
-from ..loading import load_from_checkpoint
+from ..lightning.loading import load_from_checkpoint
 from ..preparation import Report, prepare
 from ..report import ResultTable
+from ..support.tensor_files import read_tensors
 from .classification import is_unbalanced
 from .data import ImageData, check_stored, load
 from .engines import EngineResult
 from .models import build, load_weights
-from .report import Result
 from .settings import ClassifierSettings
+from .tables import Result
 from .training import Classifier, device_of
 
 _WROTE = "Pass a folder that a recipe wrote, such as runs/resnet"

@@ -9,11 +9,11 @@ from typing import Any
 from torch.utils.data import Subset
 
 from ..errors import QATError
-from ..loading import load_from_checkpoint
+from ..lightning.loading import load_from_checkpoint
 from ..preparation import prepare
 from ..report import ResultTable
 from .detection import DetectionSettings
-from .detection_report import Detected
+from .detection_tables import Detected
 from .detector import Detector
 from .saved import SavedRun, read_state
 from .scenes import load

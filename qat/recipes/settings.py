@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from ..calibration.methods import METHODS
-from ..config import QuantConfig
+from ..core.config import QuantConfig
 from ..errors import QATError
 from .data import LOADERS
 from .models import ARCHS

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..batchnorm import freeze_batch_norm
 from ..errors import QATError
+from ..training.batchnorm import freeze_batch_norm
 from .data import ImageData
 from .settings import ClassifierSettings
 

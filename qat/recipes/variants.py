@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 
 from ..calibration import Calibration, calibrate
 from ..calibration.methods import METHODS
-from ..callbacks import QATCallback
+from ..lightning.callback import QATCallback
+from ..posttraining import correct_biases, equalize, round_weights
 from ..preparation import prepare, prepared_report
-from ..refinement import correct_biases, equalize, round_weights
 from .data import ImageData
 from .models import build, load_weights
 from .settings import ClassifierSettings

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..config import QuantConfig
+from ..core.config import QuantConfig
 from . import classification
 from .models import TRANSFORMERS
 from .settings import ClassifierSettings, option

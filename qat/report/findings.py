@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .. import analysis
 from ..analysis import Changes, ClipRates, LayerErrors, Ranges, Sensitivity
 from ..analysis.layers import each_batch
+from ..core.quantizer import quantizers
 from ..errors import QATError
-from ..inputs import tensors
-from ..quantizer import quantizers
+from ..support.inputs import tensors
 from .blocks import Structure, structure
 from .flow import record_calls
 from .weights import WeightRange, weight_ranges

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..analysis.layers import running
-from ..inputs import tensors
-from ..quantizer import Quantizer, State, WeightQuantizer, quantizers
+from ..core.quantizer import Quantizer, State, WeightQuantizer, quantizers
+from ..support.inputs import tensors
 from .labels import INPUTS, describe, does_nothing, function_label, is_quantized_module
 
 INPUT = -1

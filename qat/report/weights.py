@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..analysis.layers import running
 from ..analysis.metrics import Distance
-from ..numerics import broadcast_scale
-from ..quantizer import Quantizer, State, WeightQuantizer, watching
+from ..core.numerics import broadcast_scale
+from ..core.quantizer import Quantizer, State, WeightQuantizer, watching
 
 BINS = 80
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..errors import QATError
-from ..tensorrt.files import write_whole
+from ..support.files import write_whole
+from ..support.version import __version__
 from . import charts, rows
 from .blocks import Structure, joined
 from .findings import Findings, look_at

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QATError
+from ..support.files import write_whole
 from .calibrators import Calibrator
 from .context import TensorInfo, dtype_of
 from .cuda import local_target
 from .engine import Engine
-from .files import write_whole
 from .log import BuildLog, Record, messages_of
 from .precision import BF16, HALF, Types, attention_in_half, keep_float, layers_of, set_flag, set_precisions
 from .progress import Display, Interruption, make_monitor
@@ -221,7 +221,7 @@ def _check_graph(runtime: Runtime, source: Path | bytes) -> None:
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    from ..export import check_onnx
+    from ..graph.check import check_onnx
 
     try:
         model = onnx.load_from_string(source) if isinstance(source, bytes) else source

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import QATError
+from ..support.files import read_whole, write_whole
 from .context import TensorInfo, is_torch
-from .files import read_whole, write_whole
 from .log import BuildLog
 from .runtime import Runtime
 

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import QATError
+from ..support.files import read_whole, write_whole
 from .context import ExecutionContext, TensorInfo, dtype_of, is_torch, shaped_context
 from .cuda import Cuda, Handle, has_gpu
-from .files import read_whole, write_whole
 from .log import BuildLog, messages_of
 from .runtime import Runtime, as_runtime
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QATError
+from ..graph.wishes import Graph, Wish, between
 from .layers import EngineLayer, Listing, read_json, read_log, with_times
-from .sites import Graph, Wish, between
 
 if TYPE_CHECKING:
     import onnx

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QATError
-from .files import write_whole
+from ..support.files import write_whole
 from .layers import EngineLayer
 
 if TYPE_CHECKING:

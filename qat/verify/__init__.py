@@ -3,7 +3,7 @@
 Works without torch where no PyTorch model is compared.
 """
 
-from .report import Agreement, Departure, OutputCheck, TensorCheck, VerifyReport
+from .outcome import Agreement, Departure, OutputCheck, TensorCheck, VerifyReport
 from .run import verify
 
 __all__ = ["Agreement", "Departure", "OutputCheck", "TensorCheck", "VerifyReport", "verify"]

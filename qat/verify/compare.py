@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import QATError
-from ..export.report import TIE, Difference
-from .graph import Graph
-from .report import TensorCheck
+from ..graph.run import Graph
+from .differences import TIE, Difference
+from .outcome import TensorCheck
 
 # Tolerated difference of two SQNRs in dB: both are single draws of which value falls to which side of a tie.
 SLACK = 6.0

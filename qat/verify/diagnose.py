@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import QATError
+from ..graph.run import DQ, Graph
 from .bisect import Vanished, first_departure
 from .compare import SLACK, Judge, budget, difference, non_finite, within
 from .feeds import check_engine, run_engine
-from .graph import DQ, Graph
-from .report import Departure, OutputCheck, TensorCheck
+from .outcome import Departure, OutputCheck, TensorCheck
 
 # So many layers at most are named to be kept in FP32: with more, FP16 is the wrong choice.
 _MAX_LAYERS = 8

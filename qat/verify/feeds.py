@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import QATError
-from .graph import Graph, import_onnx
+from ..graph.run import Graph, import_onnx
 
 
 def leaves(tree: Any) -> list[Any]:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import QATError
-from ..export.comparison import _evaluating, _float32, parity
 from ..export.inputs import call_arguments, output_names, run
-from ..export.report import TIE, ParityReport
-from ..inputs import tensors
-from .graph import Graph
+from ..graph.run import Graph
+from ..support.inputs import tensors
+from .differences import TIE, ParityReport
+from .onnx_parity import _evaluating, _float32, parity
 
 
 class Model:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import QATError
+from ..graph.run import Graph
 from .compare import SLACK, budget, difference, non_finite, within, worst
 from .diagnose import Diagnosis
 from .feeds import check_engine, graph_feeds, leaves, run_engine
-from .graph import Graph
-from .report import Agreement, Departure, OutputCheck, VerifyReport
+from .outcome import Agreement, Departure, OutputCheck, VerifyReport
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,0 +1,1 @@
+"""Numbers: formats, fake quantization and its kernels, quantizers, and the settings that choose among them."""

@@ -1,0 +1,1 @@
+"""The callback for PyTorch Lightning, and models from its checkpoints."""

@@ -1,0 +1,76 @@
+"""What happens when a Trainer loads a checkpoint: before callbacks see it, Lightning has loaded the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
+
+from ..core.quantizer import Quantizer
+from ..errors import QATError
+from ..support.tensor_files import check_intact
+from ..training.checkpoints import CHECKPOINT_KEY, check_same_configs, is_site_key
+from ..training.ranges import freeze_ranges, stale_ranges
+
+
+class IntactCheckpointIO(TorchCheckpointIO):
+    """Lightning's own reading and writing of checkpoints, with a name for those that are damaged."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As its base.
+
+        Raises:
+            QATError: For a local file that :func:`~qat.support.tensor_files.check_intact` refuses.
+        """
+        if Path(path).is_file():
+            check_intact(path)
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+def freeze_stale_ranges(trainer: pl.Trainer) -> Callable[..., None]:
+    """A hook for checkpoints without the state of callbacks (``save_weights_only``), which do not tell of frozen ranges."""
+
+    def freeze(module: nn.Module, keys: Any) -> None:
+        loaded = _loaded(trainer)
+        if loaded and CHECKPOINT_KEY not in loaded:
+            freeze_ranges(module, refresh=False, sites=stale_ranges(module))
+
+    return freeze
+
+
+def load_guard(trainer: pl.Trainer) -> Callable[..., None]:
+    """A hook that explains a checkpoint whose sites do not fit, where torch would only list its keys.
+
+    Lightning loads the weights before it shows the checkpoint to callbacks.
+    """
+
+    def check(module: nn.Module, state_dict: Mapping[str, Any], *_: Any) -> None:
+        loaded = _loaded(trainer)
+        held = {key for key in state_dict if is_site_key(key, state_dict)}
+        # Not by its state dict: that may be overridden to hold only what trains.
+        modules = module.named_modules(remove_duplicate=False)
+        needed = {f"{path}.amax" for path, inner in modules if isinstance(inner, Quantizer)}
+        if not loaded or held == needed:
+            return
+        if not held and CHECKPOINT_KEY not in loaded:
+            raise QATError(
+                f"{trainer.ckpt_path}: a checkpoint of the float model. Load it into the LightningModule before fit, "
+                "without ckpt_path"
+            )
+        check_same_configs(loaded, module)
+        if not held:
+            raise QATError(
+                f"{trainer.ckpt_path}: holds sites without their ranges. Keep '*.amax' where state_dict or on_save_checkpoint "
+                "leaves entries out"
+            )
+
+    return check
+
+
+def _loaded(trainer: pl.Trainer) -> dict[str, Any]:
+    """The checkpoint that Lightning is loading at present; empty while a module loads a state dict by itself."""
+    return trainer._checkpoint_connector._loaded_checkpoint
