@@ -7,13 +7,13 @@ import math
 
 import numpy as np
 import pytest
-import qat.quantizer
 import torch
 from interpreter import INTERPRETED, run_interpreted
 
 import qat
 import qat.core.kernels
 import qat.core.numerics
+import qat.core.quantizer
 from qat.core.numerics import INT4, INT8
 from qat.errors import QATError
 from qat.nn import recompute
@@ -359,7 +359,7 @@ def test_weight_with_the_range_that_follows_it(device, layout, axis, fmt):
     x = values(*device).nan_to_num(0.5, 1.0, -1.0).clamp(-9, 9)
     x[-1] = 0  # the smallest scale
     weight = WEIGHTS[layout](x)
-    site = qat.quantizer.WeightQuantizer(fmt, axis=axis, channels=weight.shape[0])
+    site = qat.core.quantizer.WeightQuantizer(fmt, axis=axis, channels=weight.shape[0])
     scale = site.range_scale(weight)
     grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight)
     found = []
