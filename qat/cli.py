@@ -228,12 +228,6 @@ def _named(inputs: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
     return inputs
 
 
-def _write(path: str, content: bytes) -> None:
-    from .support.files import write_whole
-
-    write_whole(path, content)
-
-
 def _factory(spec: str) -> Any:
     """What the function ``module:function`` returns; this runs the user's code."""
     module, _, function = spec.partition(":")
@@ -352,7 +346,10 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 def _build(args: argparse.Namespace) -> int:
     from . import tensorrt
+    from .support.files import check_target
 
+    # A build takes minutes.
+    check_target(args.output)
     optional = {"targets": args.target} if args.target else {}
     engine = tensorrt.build(
         args.onnx,
@@ -403,6 +400,9 @@ def _run(args: argparse.Namespace) -> int:
 
     import numpy as np
 
+    from .support.files import check_target, write_whole
+
+    check_target(args.output)
     inputs = _load_inputs(args.inputs)
     outputs = _run_onnx(args.model, inputs) if args.model.endswith(".onnx") else _run_plan(args, inputs)
     buffer = io.BytesIO()
@@ -411,7 +411,7 @@ def _run(args: argparse.Namespace) -> int:
         for name, array in outputs.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-    _write(args.output, buffer.getvalue())
+    write_whole(args.output, buffer.getvalue())
     for name, array in outputs.items():
         print(f"{name}: {array.dtype} {list(array.shape)}")
     return OK
@@ -462,7 +462,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _bench(args: argparse.Namespace) -> int:
     from .bench import latency, sweep
+    from .support.files import check_target
 
+    if args.json:
+        check_target(args.json, text=True)
     target, inputs = args.target, None
     if ":" in target and not Path(target).exists():
         made = _factory(target)
@@ -504,9 +507,13 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(args: argparse.Namespace) -> int:
     from . import tensorrt
+    from .support.files import check_target, write_text
 
     if not Path(args.file).is_file():
         raise QATError(f"{args.file}: no such file")
+    for path, is_text in ((args.png, False), (args.rules, True)):
+        if path:
+            check_target(path, text=is_text)
     engine: Any = args.file
     times = None
     if args.times:
@@ -527,9 +534,7 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.rules:
         import yaml
 
-        from .support.files import write_whole
-
-        write_whole(args.rules, yaml.safe_dump({"rules": inspection.rules}, sort_keys=False).encode())
+        write_text(args.rules, yaml.safe_dump({"rules": inspection.rules}, sort_keys=False))
     return FOUND if inspection.lost else OK
 
 
@@ -613,10 +618,13 @@ def _report(args: argparse.Namespace) -> int:
     import time
 
     from .report import write_report
+    from .support.files import check_target
 
     start = time.perf_counter()
     if args.onnx is not None and args.engine is None:
         raise QATError("--onnx: is the file that an engine was built from. Pass --engine, too")
+    if args.out:
+        check_target(args.out, text=True)
     if args.folder is not None:
         subject, out = _recipe_subject(args), args.out or str(Path(args.folder) / "report.html")
     else:
