@@ -40,7 +40,7 @@ class _ScaleRecorder:
 
 @contextlib.contextmanager
 def exporting(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fuse_adds: bool) -> Iterator[Traced]:
-    """Put ``model`` in the state to be traced; afterwards, and after an error, it is what it was."""
+    """Put ``model`` in the state to be traced; afterwards, and after an error, it is what it was. It may have no sites."""
     sites = dict(quantizers(model))
     adds = [module for module in model.modules() if isinstance(module, QuantAdd)]
     training = {module: module.training for module in model.modules()}
@@ -56,7 +56,8 @@ def exporting(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], f
         output = run(model, args, kwargs, "example_inputs")
         # Sites that do not run in eval mode, auxiliary heads say, are no part of the graph and need no range.
         reached = {path: site for path, site in sites.items() if recorders[path].scale is not None}
-        _refuse_unready(reached, {path: states[site][0] for path, site in reached.items()})
+        if sites:
+            _refuse_unready(reached, {path: states[site][0] for path, site in reached.items()})
         for path, site in sites.items():
             site.observer, site.state = states[site][1], State.OFF
             if path in reached:

@@ -167,7 +167,7 @@ def _run(
     measured.graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items())
     # From a file: bytes end at 2 GiB.
     path = folder / "measured.onnx"
-    onnx.save_model(measured, str(path), save_as_external_data=True, location="measured.data")
+    onnx.save_model(measured, str(path), save_as_external_data=True)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

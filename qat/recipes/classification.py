@@ -35,6 +35,7 @@ from ..core.numerics import INT8
 from ..core.quantizer import quantizers
 from ..errors import QATError
 from ..export import ParityReport, export_float, export_onnx, parity
+from ..support.files import write_text
 from ..support.version import __version__
 from ..training.checkpoints import fingerprint
 from .data import ImageData, load
@@ -315,7 +316,7 @@ def _images(data: ImageData, count: int) -> Tensor:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def is_unbalanced(data: ImageData) -> bool:

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..errors import QATError
+from ..support.files import whole_file
 from .stamps import UNLABELLED, read_pictures
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -511,9 +512,8 @@ def _cached(
     if not path.exists():
         arrays = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.stem + ".partial.npz")
-        np.savez_compressed(partial, **arrays)  # type: ignore[arg-type]
-        partial.replace(path)
+        with whole_file(path) as stream:
+            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in expected}

@@ -37,6 +37,8 @@ from ..errors import QATError
 from ..export import ParityReport, export_float, export_onnx, parity
 from ..lightning.callback import QATCallback
 from ..preparation import prepare
+from ..support.files import write_text
+from ..support.tensor_files import write_tensors
 from ..training.checkpoints import fingerprint
 from .boxes import distillation_loss, precision
 from .classification import finished, origin, versions
@@ -250,7 +252,7 @@ def train_all(
         base = Detector(model, anchors, loss="labels", lr=settings.lr, **rates)
         fit(base, data, steps=settings.float_steps, seed=seed, name="float training", **common)
     model.cpu().eval()
-    torch.save(model.state_dict(), out / "float.pt")
+    write_tensors(out / "float.pt", model.state_dict())
     calibration = data.calibration(settings.calibration_images, settings.batch_size)
 
     ptq = copy.deepcopy(model)
@@ -381,7 +383,7 @@ def images_of(data: SceneData, count: int) -> Tensor:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

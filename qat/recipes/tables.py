@@ -14,6 +14,7 @@ from rich import box
 from rich.table import Table
 
 from ..errors import QATError
+from ..support.files import whole_file, write_text
 from .settings import ClassifierSettings
 
 
@@ -164,7 +165,8 @@ def draw_rows(
     size.set_xlabel("ONNX file, MB\n(quantized: int8 weights)")
     latency.barh(labels, [r.cpu_ms or nan for r in rows], color=colors)
     latency.set_xlabel("CPU latency\nof one image, ms")
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def draw(results: Mapping[str, Result], title: str, path: Path) -> None:
@@ -205,14 +207,14 @@ def markdown_row(
 def append_row(path: Path, row: Mapping[str, str]) -> None:
     """Append ``row`` to a markdown file; a new file, or one that ends with another table, gets the header first."""
     header = _line(row)
-    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    known = before.splitlines()
     heads = [line for line, following in itertools.pairwise(known) if following.startswith("|---")]
     lines = [_line(row.values())]
     if not heads or heads[-1] != header:
         lines = [*([""] if known else []), header, "|---" * len(row) + "|", *lines]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    write_text(path, before + "\n".join(lines) + "\n")
 
 
 def _line(cells: Iterable[str]) -> str:

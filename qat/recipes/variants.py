@@ -18,6 +18,7 @@ from ..calibration.methods import METHODS
 from ..lightning.callback import QATCallback
 from ..posttraining import correct_biases, equalize, round_weights
 from ..preparation import prepare, prepared_report
+from ..support.tensor_files import write_tensors
 from .data import ImageData
 from .models import build, load_weights
 from .settings import ClassifierSettings
@@ -59,7 +60,7 @@ def train_all(settings: ClassifierSettings, data: ImageData, seed: int, out: Pat
     calibration = data.calibration(settings.calibration_images, settings.batch_size)
     models = {"float": model, **after_training(model, settings, calibration, console)}
     # What fine-tuning starts from, for qat report.
-    torch.save(models["ptq"].state_dict(), out / "ptq.pt")
+    write_tensors(out / "ptq.pt", models["ptq"].state_dict())
 
     def tune(name: str, callback: Callback, file: str, *, distill: bool) -> nn.Module:
         tuned = make_classifier(copy.deepcopy(model), settings, fine_tune=True, distill=distill)
@@ -99,7 +100,7 @@ def float_model(settings: ClassifierSettings, data: ImageData, seed: int, out: P
         base = make_classifier(model, settings, fine_tune=False)
         fit(base, data, settings, epochs=settings.epochs, name="float training", console=console, seed=seed)
     model.cpu().eval()
-    torch.save(model.state_dict(), out / "float.pt")
+    write_tensors(out / "float.pt", model.state_dict())
     return model
 
 

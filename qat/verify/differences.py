@@ -106,6 +106,7 @@ class ParityReport:
         segments: One entry a call of any site, if asked for.
         unmatched: Sites that PyTorch calls more or less often than the graph.
         precision: What the graph computes in, ``"fp32"`` or ``"fp16"``.
+        is_quantized: Whether the file lists any site; one of a float model lists none.
     """
 
     outputs: list[OutputParity]
@@ -113,6 +114,7 @@ class ParityReport:
     segments: list[SegmentParity] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
     precision: str = "fp32"
+    is_quantized: bool = True
 
     @property
     def top1(self) -> float | None:
@@ -148,6 +150,8 @@ class ParityReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._output_table()
+        if not self.is_quantized:
+            yield "A float file: nothing in it is quantized"
         if self.sites:
             yield self._site_table()
         if self.segments:

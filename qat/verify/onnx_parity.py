@@ -126,6 +126,7 @@ def parity(
         _segments(graph, pairs, feeds) if segments else [],
         sorted(site for site in calls if len(calls[site]) != len(nodes.get(site, [])) and site in nodes),
         precision,
+        bool(nodes),
     )
 
 
