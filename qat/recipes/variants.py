@@ -18,7 +18,7 @@ from ..calibration.methods import METHODS
 from ..lightning.callback import QATCallback
 from ..posttraining import correct_biases, equalize, round_weights
 from ..preparation import prepare, prepared_report
-from .data import ImageData
+from .images import ImageData
 from .models import build, load_weights
 from .settings import ClassifierSettings
 from .training import FreezeBatchNorm, device_of, fit, make_classifier, stage
