@@ -35,7 +35,7 @@ from ..export import export_onnx
 from ..preparation import Report, restore
 from ..support.batches import run_batch
 from ..support.inputs import call
-from ..support.modes import evaluating, keep_generators, unchanged_tensors, uncompiled
+from ..support.modes import keep_generators, looking_at, uncompiled
 from ..training.batchnorm import freeze_batch_norm, reestimate_batch_norm
 from ..training.checkpoints import (
     CHECKPOINT_KEY,
@@ -313,7 +313,7 @@ class QATCallback(Callback):
         inputs = trainer.precision_plugin.convert_input(move_data_to_device(options["example_inputs"], pl_module.device))
         try:
             forward = trainer.precision_plugin.forward_context()
-            with evaluating(model), unchanged_tensors(model), isolate_rng(), torch.no_grad(), uncompiled(), forward:
+            with looking_at(model, keep_random=True), forward:
                 call(model, inputs)
         except _ERRORS_OF_A_FORWARD as error:
             raise QATError(
@@ -547,7 +547,7 @@ class QATCallback(Callback):
             return
         if self.reestimate_bn is not None:
             prepared = nn.ModuleList(pl_module.get_submodule(path) for path in reports(pl_module))
-            with evaluating(pl_module):
+            with looking_at(pl_module, keep_tensors=False):
                 reestimate_batch_norm(prepared, lambda _: self._show(trainer, pl_module, self.reestimate_bn))
         if self.log_ranges is not None:
             self._log_ranges(trainer, pl_module, batch)
@@ -555,7 +555,7 @@ class QATCallback(Callback):
     def _log_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         rates: dict[str, float] = {}
         try:
-            with evaluating(pl_module), unchanged_tensors(pl_module), isolate_rng(), uncompiled():
+            with looking_at(pl_module, keep_random=True):
                 rates = clip_rates(pl_module, lambda module: self._run(trainer, pl_module, batch))
         except _ERRORS_OF_A_FORWARD as error:
             # Nobody has run the module on a batch before if it was calibrated by hand.

@@ -16,7 +16,7 @@ from ..errors import QATError
 from ..nn.layers import is_conv_transposed, is_quantizable
 from ..preparation.check import check_model
 from ..support.inputs import call, output_tensors
-from ..support.modes import evaluating, unchanged_tensors, uncompiled
+from ..support.modes import hooked, looking_at, unchanged_tensors
 from ..support.text import Printed
 from .passes import unchanged_on_failure
 from .wiring import Wiring, observe_wiring
@@ -151,7 +151,7 @@ def equalize(model: nn.Module, example_inputs: Any) -> Equalization:
     if half is not None:
         raise QATError(f"{half}: is in half precision, in which trial scales overflow. Equalize in float32, then convert")
     wiring = observe_wiring(model, lambda m: call(m, example_inputs))
-    with evaluating(model), switched_off(model), uncompiled(), torch.no_grad():
+    with looking_at(model, keep_tensors=False), switched_off(model):
         reference = _outputs(model, example_inputs)
         if not _equal(_outputs(model, example_inputs), reference, set()):
             raise QATError(
@@ -340,13 +340,9 @@ def _outputs(model: nn.Module, inputs: Any) -> Outputs:
         # A copy: an activation may work in place.
         return lambda module, args, out: found.setdefault(path, []).append(out.clone())
 
-    handles = [m.register_forward_hook(keep(path)) for path, m in model.named_modules() if is_quantizable(m)]
-    try:
-        with unchanged_tensors(model):
-            out = call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = [(path, m) for path, m in model.named_modules() if is_quantizable(m)]
+    with hooked(m.register_forward_hook(keep(path)) for path, m in layers), unchanged_tensors(model):
+        out = call(model, inputs)
     found[""] = found.get("", []) + [t.clone() for t in output_tensors(out)]
     return found
 

@@ -38,8 +38,9 @@ from ..export import ParityReport, export_float, export_onnx, parity
 from ..support.files import write_text
 from ..support.version import __version__
 from ..training.checkpoints import fingerprint
-from .data import ImageData, load
+from .data import load
 from .evaluation import accuracy, cpu_latency, open_session, predict_onnx, predict_torch
+from .images import ImageData
 from .options import RecipeSettings
 from .settings import ClassifierSettings, parse
 from .tables import Result, append_row, draw, make_table, markdown_row, over_seeds, parity_table
@@ -223,7 +224,7 @@ def export_all(
                 export_onnx(models[name], path, example, **options)
                 found[key] = parity_figures(parity(models[name], path, images, codes=True))
             advance()
-    console.print(parity_table({files[key].name: figures for key, figures in found.items()}, len(images)))
+    console.print(parity_table({files[key].name: figures for key, figures in found.items()}, f"{len(images)} images"))
     return files, found
 
 

@@ -42,14 +42,14 @@ from ..support.tensor_files import write_tensors
 from ..training.checkpoints import fingerprint
 from .boxes import distillation_loss, precision
 from .classification import finished, origin, versions
-from .detection_tables import Detected, draw, make_table, markdown_row, over_seeds, parity_table
+from .detection_tables import OF_DETECTIONS, Detected, draw, make_table, markdown_row, over_seeds
 from .detector import LOSSES, Detector, detect_onnx, detect_torch, fit
 from .evaluation import cpu_latency, open_session
 from .options import RecipeSettings, option
 from .scenes import LOADERS, SceneData, load
 from .settings import parse
 from .ssdlite import COCO, TINY, SSDLite, load_tensorflow, make_anchors
-from .tables import append_row
+from .tables import append_row, parity_table
 from .tfjs import read_tensors
 from .training import make_trainer, stage
 from .variants import LABELS, LEARNED
@@ -332,7 +332,8 @@ def export_all(
                 export_onnx(models[name], path, images[:2], **options)
                 found[key] = _parity(parity(models[name], path, images, codes=True))
             advance()
-    console.print(parity_table({files[key].name: figures for key, figures in found.items()}, len(images)))
+    compared = {files[key].name: figures for key, figures in found.items()}
+    console.print(parity_table(compared, f"{len(images)} scenes", OF_DETECTIONS))
     return files, found
 
 

@@ -19,7 +19,7 @@ from ..lightning.callback import QATCallback
 from ..posttraining import correct_biases, equalize, round_weights
 from ..preparation import prepare, prepared_report
 from ..support.tensor_files import write_tensors
-from .data import ImageData
+from .images import ImageData
 from .models import build, load_weights
 from .settings import ClassifierSettings
 from .training import FreezeBatchNorm, device_of, fit, make_classifier, stage
