@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from ..core.quantizer import Quantizer
@@ -15,20 +13,54 @@ from ..errors import QATError
 from ..support.tensor_files import check_intact
 from ..training.checkpoints import CHECKPOINT_KEY, check_same_configs, is_site_key
 from ..training.ranges import freeze_ranges, stale_ranges
+from .package import lightning_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
-class IntactCheckpointIO(TorchCheckpointIO):
-    """Lightning's own reading and writing of checkpoints, with a name for those that are damaged."""
+class IntactCheckpointIO:
+    """Reading and writing of checkpoints by another plugin, with a name for those that are damaged.
+
+    Args:
+        plugin: Lightning's own ``TorchCheckpointIO``.
+    """
+
+    def __init__(self, plugin: Any) -> None:
+        self.plugin = plugin
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As its base.
+        """Read by the plugin.
 
         Raises:
             QATError: For a local file that :func:`~qat.support.tensor_files.check_intact` refuses.
         """
         if Path(path).is_file():
             check_intact(path)
-        return super().load_checkpoint(path, *args, **kwargs)
+        return self.plugin.load_checkpoint(path, *args, **kwargs)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write by the plugin."""
+        self.plugin.save_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove by the plugin."""
+        self.plugin.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """Close the plugin."""
+        self.plugin.teardown()
+
+
+def read_intact(trainer: pl.Trainer) -> None:
+    """Let the trainer refuse damaged checkpoints by name.
+
+    Other plugins than Lightning's own know the files that they write. No hook comes between the path of a checkpoint and its
+    loading.
+    """
+    strategy: Any = trainer.strategy
+    if type(strategy.checkpoint_io) is lightning_of(trainer).plugins.io.TorchCheckpointIO:
+        strategy.checkpoint_io = IntactCheckpointIO(strategy.checkpoint_io)
 
 
 def freeze_stale_ranges(trainer: pl.Trainer) -> Callable[..., None]:
