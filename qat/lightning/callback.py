@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,35 +13,22 @@ from torch import Tensor, nn
 from ..core.config import QuantConfig
 from ..core.quantizer import WeightQuantizer, quantizers
 from ..errors import QATError
-from ..preparation import Report, restore
+from ..preparation import restore
 from ..support.modes import evaluating
 from ..training.batchnorm import freeze_batch_norm, reestimate_batch_norm
-from ..training.checkpoints import (
-    CHECKPOINT_KEY,
-    check_same_configs,
-    frozen_by_config,
-    frozen_in,
-    reports,
-    settings_of,
-)
+from ..training.checkpoints import CHECKPOINT_KEY, check_same_configs, reports, settings_of
 from ..training.distillation import Distillation
 from ..training.oscillation import oscillation_penalty, ramp
-from ..training.ranges import (
-    frozen_ranges,
-    learned_ranges,
-    ranges_are_frozen,
-    recorded_ranges,
-    separate_ranges,
-)
+from ..training.ranges import learned_ranges, ranges_are_frozen, recorded_ranges, separate_ranges
 from .arguments import calibration_arguments, check_calibration_data, check_choices, export_settings
 from .averages import freeze_with_averages, show_to_averages
 from .batches import calibrate_on_batches, show_batches
-from .compatibility import check_averaging, check_compatible, check_freezable, check_order
+from .compatibility import check_averaging, check_compatible, check_freezable, check_order, warn_of_spawned
 from .exporting import check_export, export_arguments, export_at_the_end
 from .losses import add_to_loss, distillation_of
 from .package import callback_bases, lightning_of
-from .resuming import freeze_stale_ranges, load_guard, read_intact
-from .targets import check_layers, layers, prepare_module
+from .resuming import freeze_stale_ranges, frozen_by_checkpoint, load_guard, read_intact
+from .targets import check_layers, config_for, layers, prepare_module
 from .watching import check_loss, log_ranges
 
 if TYPE_CHECKING:
@@ -54,7 +40,7 @@ else:
 
 
 class QATCallback(Callback):
-    """Prepares, calibrates and fine-tunes: ``Trainer(callbacks=[QATCallback()])``.
+    """Prepare, calibrate and fine-tune: ``Trainer(callbacks=[QATCallback()])``.
 
     The model is prepared in ``setup`` of every stage, so that the optimizer, the strategy and every checkpoint see the
     sites. ``fit`` calibrates before the first step unless the sites have ranges already, prepared by hand or loaded
@@ -183,19 +169,15 @@ class QATCallback(Callback):
             pl_module.configure_model()
         before = reports(pl_module)
         was_prepared = bool(before)
-        prepare_module(pl_module, self._config_for(before), self.target)
+        prepare_module(pl_module, config_for(before, self.config, only_learn_scales=self._only_learn_scales), self.target)
         try:
             self._check(trainer, pl_module, stage)
         except QATError:
             for path in reports(pl_module).keys() - before.keys():
                 restore(pl_module.get_submodule(path))
             raise
-        if stage == "fit" and not was_prepared and trainer.world_size > 1 and multiprocessing.parent_process() is not None:
-            # ddp_spawn, ddp_fork and ddp_notebook: back there Lightning copies the weights that it finds by name.
-            lightning_of(trainer).utilities.rank_zero_warn(
-                "the process that called fit gets the weights, but no ranges: there the model is not prepared. To use it after "
-                "fit, call qat.prepare on it before, or qat.load_from_checkpoint afterwards"
-            )
+        if stage == "fit" and not was_prepared:
+            warn_of_spawned(trainer)
         # LightningModule.setup comes after this hook.
         self._seen = None if was_prepared or self.target else {id(layer) for layer in layers(pl_module)}
         self._remove_load_hooks()
@@ -204,21 +186,8 @@ class QATCallback(Callback):
             pl_module.register_load_state_dict_post_hook(freeze_stale_ranges(trainer)),
         ]
 
-    def _config_for(self, found: Mapping[str, Report]) -> QuantConfig | None:
-        """The configuration to prepare with; ``None`` takes what is prepared as it is."""
-        if not found or not self._only_learn_scales:
-            return self.config
-        assert self.config is not None
-        for path, report in found.items():
-            if report.config.learn_scales != self.config.learn_scales:
-                raise QATError(
-                    f"{path or 'the LightningModule'} is prepared already, with another learn_scales: call qat.restore on it "
-                    "first, or leave learn_scales out"
-                )
-        return None
-
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """What depends on the prepared sub-models."""
+        """Refuse what does not fit the prepared sub-models."""
         if stage != "fit":
             return
         if self.distill_from is not None:
@@ -243,7 +212,7 @@ class QATCallback(Callback):
         self._still = {}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """As ``teardown``, which is not called then: the module may be used again."""
+        """Tear down, which Lightning leaves out then: the module may be used again."""
         self.teardown(trainer, pl_module, "fit")
 
     def _remove_load_hooks(self) -> None:
@@ -274,15 +243,7 @@ class QATCallback(Callback):
         ranges = checkpoint.get(CHECKPOINT_KEY, {}).get("first_ranges", {})
         self._ranges = lightning_of(trainer).utilities.move_data_to_device(dict(ranges), pl_module.device)
         # The weights and ranges are loaded already.
-        frozen = frozen_in(checkpoint.get(CHECKPOINT_KEY, {}), pl_module)
-        if trainer.training:
-            more = sorted(frozen_ranges(pl_module) - frozen_by_config(pl_module) - frozen)
-            if more and CHECKPOINT_KEY in checkpoint:
-                raise QATError(
-                    f"{more[0]}: its range is frozen here, and moved when the checkpoint was saved. Build the LightningModule "
-                    "anew to resume from it"
-                )
-        freeze_with_averages(trainer, pl_module, refresh=False, sites=frozen)
+        freeze_with_averages(trainer, pl_module, refresh=False, sites=frozen_by_checkpoint(trainer, pl_module, checkpoint))
 
     # Training
 

@@ -1,7 +1,8 @@
-"""What of Lightning quantization-aware training cannot work with: refused at the start, with the remedy."""
+"""Refusal, at the start and with the remedy, of those parts of Lightning that cannot work with the callback."""
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.parallel import DistributedDataParallel
@@ -86,4 +87,14 @@ def check_freezable(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         raise QATError(
             "freeze_ranges_epoch: DDP waits for the gradients of learned ranges, also once they are frozen. Use "
             "Trainer(strategy='ddp_find_unused_parameters_true'), or leave freeze_ranges_epoch out"
+        )
+
+
+def warn_of_spawned(trainer: pl.Trainer) -> None:
+    """Say that ranges stay in processes that were started by ``fit`` itself: ddp_spawn, ddp_fork and ddp_notebook."""
+    if trainer.world_size > 1 and multiprocessing.parent_process() is not None:
+        # Back in the process that called fit, Lightning copies the weights that it finds by name.
+        lightning_of(trainer).utilities.rank_zero_warn(
+            "the process that called fit gets the weights, but no ranges: there the model is not prepared. To use it after "
+            "fit, call qat.prepare on it before, or qat.load_from_checkpoint afterwards"
         )

@@ -1,4 +1,4 @@
-"""What happens when a Trainer loads a checkpoint: before callbacks see it, Lightning has loaded the weights."""
+"""Loading a checkpoint into a Trainer: before callbacks see it, Lightning has loaded the weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from ..core.quantizer import Quantizer
 from ..errors import QATError
 from ..support.tensor_files import check_intact
-from ..training.checkpoints import CHECKPOINT_KEY, check_same_configs, is_site_key
-from ..training.ranges import freeze_ranges, stale_ranges
+from ..training.checkpoints import CHECKPOINT_KEY, check_same_configs, frozen_by_config, frozen_in, is_site_key
+from ..training.ranges import freeze_ranges, frozen_ranges, stale_ranges
 from .package import lightning_of
 
 if TYPE_CHECKING:
@@ -72,6 +72,23 @@ def freeze_stale_ranges(trainer: pl.Trainer) -> Callable[..., None]:
             freeze_ranges(module, refresh=False, sites=stale_ranges(module))
 
     return freeze
+
+
+def frozen_by_checkpoint(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> set[str]:
+    """The sites whose ranges were frozen when a checkpoint was saved.
+
+    Raises:
+        QATError: In training, if others are frozen here: nothing sets a range free again.
+    """
+    frozen = set(frozen_in(checkpoint.get(CHECKPOINT_KEY, {}), pl_module))
+    if trainer.training and CHECKPOINT_KEY in checkpoint:
+        more = sorted(frozen_ranges(pl_module) - frozen_by_config(pl_module) - frozen)
+        if more:
+            raise QATError(
+                f"{more[0]}: its range is frozen here, and moved when the checkpoint was saved. Build the LightningModule "
+                "anew to resume from it"
+            )
+    return frozen
 
 
 def load_guard(trainer: pl.Trainer) -> Callable[..., None]:

@@ -115,6 +115,29 @@ def layers(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if isinstance(module, LAYERS))
 
 
+def config_for(found: Mapping[str, Report], config: QuantConfig | None, *, only_learn_scales: bool) -> QuantConfig | None:
+    """The configuration to prepare with; ``None`` takes what is prepared as it is.
+
+    Args:
+        found: The reports of sub-models that are prepared already.
+        config: The configuration that was asked for.
+        only_learn_scales: Whether nothing but its ``learn_scales`` was asked for, and the rest are defaults.
+
+    Raises:
+        QATError: For a sub-model that is prepared with another ``learn_scales``.
+    """
+    if not found or not only_learn_scales:
+        return config
+    assert config is not None
+    for path, report in found.items():
+        if report.config.learn_scales != config.learn_scales:
+            raise QATError(
+                f"{path or 'the LightningModule'} is prepared already, with another learn_scales: call qat.restore on it "
+                "first, or leave learn_scales out"
+            )
+    return None
+
+
 def check_layers(pl_module: pl.LightningModule, seen: Collection[int]) -> None:
     """Refuse layers that train and were made too late.
 
