@@ -97,6 +97,8 @@ class _Dynamic:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> None:
         first = tensors((args, kwargs))[0]
+        if any(tensor.numel() == 0 for tensor in tensors((args, kwargs))):
+            raise QATError("example_inputs: a tensor without elements, on which nothing can be traced. Pass a sample")
         self.size = first.shape[0] if dynamic_batch and first.ndim else None
         self.args, self.kwargs = pytree.tree_map(self._at_least_two, (args, kwargs))
         self.shapes = None if self.size is None else pytree.tree_map(self._shape, (args, kwargs))

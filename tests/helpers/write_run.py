@@ -1,8 +1,8 @@
 """Write models and be killed at every step: ``python write_run.py OLD-NEW ...`` makes a folder for each pair.
 
 OLD and NEW say where the weights of the models are: ``inside``, ``beside``, or ``none`` for no model of before. For each step
-there is a folder, ``OLD-NEW/0``, ``OLD-NEW/1``, ...; in the last one nobody was killed. A process is a fork: it ends without any
-clean-up, as a killed one does.
+there is a folder, ``OLD-NEW/0``, ``OLD-NEW/1``, ...; in the last one nobody was killed. A process is a fork: it ends without
+any clean-up, as a killed one does.
 """
 
 import os
