@@ -36,7 +36,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     import time
 
-    from ..report import write_report
     from ..support.files import check_target
 
     start = time.perf_counter()
@@ -44,6 +43,8 @@ def _run(args: argparse.Namespace) -> int:
         raise QATError("--onnx: is the file that an engine was built from. Pass --engine, too")
     if args.out:
         check_target(args.out, text=True)
+    from ..report import write_report
+
     if args.folder is not None:
         subject, out = _recipe_subject(args), args.out or str(Path(args.folder) / "report.html")
     else:

@@ -98,6 +98,8 @@ class _Dynamic:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> None:
         first = tensors((args, kwargs))[0]
         self.size = first.shape[0] if dynamic_batch and first.ndim else None
+        if self.size == 0:
+            raise QATError("example_inputs: a batch without samples, from which no open batch can be told. Pass one sample")
         self.args, self.kwargs = pytree.tree_map(self._at_least_two, (args, kwargs))
         self.shapes = None if self.size is None else pytree.tree_map(self._shape, (args, kwargs))
 

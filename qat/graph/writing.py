@@ -1,15 +1,17 @@
 """ONNX files, with their weights inside or beside them, written so that model and weights always fit.
 
-Weights beside ``model.onnx`` lie in ``model.onnx.data``. Two files cannot be replaced in one step, so where the model of before
-reads that very file, the new weights first get another name, ``model.onnx.new.data``: the model that reads this one takes the
-place of the old, the weights get their usual name as a second one (a hard link), the model that reads that one takes its place,
-and the other name goes. After each of these steps the model on the disk finds the weights that it was written with.
+Weights beside ``model.onnx`` lie in ``model.onnx.data``. Two files cannot be replaced in one step. Where the model of before
+reads that very file, the new weights are written twice, also as ``model.onnx.new.data``. That file takes its place, then a
+model that reads it, then the weights under their usual name, then the model that reads those; and the other file goes. After
+each step the model on the disk finds the weights that it was written with, and in the end the names are what they were. (A hard
+link would spare the second copy, but the onnx package refuses weights that have two names.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +70,8 @@ def model_draft(model: ModelProto, path: str | os.PathLike[str], *, external_dat
                 kept = None
             else:
                 kept = _replace_pair(model, target, data, before)
-            for file in before - {kept}:
+            # The other name is nobody else's: a write that was killed may have left it.
+            for file in {*before, _beside(target)[1]} - {kept}:
                 file.unlink(missing_ok=True)
 
 
@@ -146,20 +149,16 @@ def _written(model: ModelProto, target: Path, reading: str | None = None) -> Ite
 def _replace_pair(model: ModelProto, target: Path, data: Draft, before: set[Path]) -> Path:
     """Give model and weights their places; after each step those on the disk fit. Returns where the weights are."""
     usual, other = _beside(target)
-    # All is written before anything is moved: a full disk shows here.
     with _written(model, target, other.name) as passing, _written(model, target, usual.name) as final:
         if usual not in before:
             data.move(usual)
             final.move(target)
             return usual
-        data.move(other)
-        passing.move(target)
-        try:
-            os.link(other, data.path)
-        except OSError:
-            # Not every file system has hard links. The pair is whole, under the other name.
-            return other
-        data.move(usual)
+        with Draft(usual) as copy:
+            # All is written before anything is moved: a full disk shows here.
+            shutil.copyfile(data.path, copy.path)
+            data.move(other)
+            passing.move(target)
+            copy.move(usual)
         final.move(target)
-        other.unlink()
     return usual

@@ -66,7 +66,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     place = _find(path, text=True)
     if place.file is not None:
-        write_whole(place.file, text.encode())
+        write_whole(path, text.encode())
         return
     for stream in (sys.stdout, sys.stderr):
         # What was printed before comes first.
