@@ -121,11 +121,7 @@ def after_training(
     console.print(report.summary(), highlight=False)
     models = {"ptq": ptq}
     if settings.compare:
-        for method in METHODS:
-            if method != settings.calibration:
-                calibrated.apply(method)
-                models[f"ptq_{method}"] = copy.deepcopy(ptq)
-        calibrated.apply(settings.calibration)
+        models |= by_other_methods(ptq, calibrated, settings.calibration)
         equal = copy.deepcopy(model)
         equalize(equal, next(iter(calibration))[0][:4])
         models[EQUALIZED], _ = _calibrated(equal, settings, calibration, console, "calibration, equalized")
@@ -135,6 +131,17 @@ def after_training(
         models[WEIGHTS], _ = _calibrated(model, settings, calibration, console, name, weight_method="mse")
         models[WEIGHTS_ROUNDED] = _rounded(models[WEIGHTS], settings, calibration, console, "learned rounding, weights by mse")
     return {name: found.cpu().eval() for name, found in models.items()}
+
+
+def by_other_methods(ptq: nn.Module, calibrated: Calibration, method: str) -> dict[str, nn.Module]:
+    """Copies of a calibrated model with the ranges of every method but ``method``, which it has again afterwards."""
+    models = {}
+    for other in METHODS:
+        if other != method:
+            calibrated.apply(other)
+            models[f"ptq_{other}"] = copy.deepcopy(ptq)
+    calibrated.apply(method)
+    return models
 
 
 def _calibrated(
