@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QATError
-from .numerics import FORMATS, Format
+from .formats import FORMATS, Format
 
 _CHOICES = {
     "weight_format": tuple(FORMATS),
