@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import QATError
 from ..support.files import write_text
-from .numerics import FORMATS, Format
+from .formats import FORMATS, Format
 
 _CHOICES = {
     "weight_format": tuple(FORMATS),
