@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..support.modes import looking_at
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -74,16 +76,11 @@ def predict_onnx(path: str | Path, batches: Iterable[tuple[Any, Any]]) -> tuple[
     return np.concatenate(predicted), np.concatenate(labels)
 
 
-@torch.no_grad()
 def predict_torch(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Predicted classes and labels of all ``batches``, by ``model`` in eval mode on its own device."""
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
+    with looking_at(model):
         results = [(model(images.to(device)).argmax(1).cpu().numpy(), label.numpy()) for images, label in batches]
-    finally:
-        model.train(training)
     return np.concatenate([p for p, _ in results]), np.concatenate([label for _, label in results])
 
 

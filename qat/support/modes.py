@@ -97,8 +97,7 @@ def uncompiled() -> AbstractContextManager[Any]:
 @contextmanager
 def isolated_random(model: nn.Module) -> Iterator[None]:
     """Loaders shuffle and augment: leave the random streams where they were."""
-    # The CPU has its stream anyway, and the meta device none.
-    devices = {t.device for t in chain(model.parameters(), model.buffers()) if t.device.type not in ("cpu", "meta")}
+    devices = {tensor.device for tensor in chain(model.parameters(), model.buffers()) if tensor.device.type != "cpu"}
     kind = {"device_type": next(iter(devices)).type} if devices else {}
     # NumPy's old global stream is the one that transforms use.
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002

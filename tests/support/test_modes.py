@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.support.modes import assigned, hooked, isolated_random, looking_at
+from qat.support.modes import assigned, hooked, looking_at
 
 
 class Counting(nn.Module):
@@ -29,6 +29,9 @@ class Counting(nn.Module):
         if not torch.compiler.is_compiling():
             self.calls += 1
             self.last = x
+        # Depends on data: only a run shows what there is.
+        if x.max() > 5:
+            x = x / 2
         return self.second(self.first(x).relu())
 
 
@@ -83,11 +86,6 @@ def test_a_compiled_model_is_not_compiled_for_a_look(model):
     compiled = torch.compile(model, backend=refuse)
     with looking_at(model):
         compiled(torch.ones(1, 4))
-
-
-def test_random_streams_of_a_model_without_a_device():
-    with isolated_random(nn.Linear(2, 2, device="meta")):
-        pass
 
 
 def test_attributes_are_put_back_after_an_error(model):
