@@ -15,6 +15,7 @@ from ..core.bins import MIN_EXPONENT as MIN_EXPONENT
 from ..core.bins import Bins
 from ..core.bins import coarsen as coarsen
 from ..core.bins import width_exponent as width_exponent
+from ..core.launching import launch
 from ..errors import QATError
 
 # Values counted at a time. On a CPU the intermediate results then stay in the cache, and torch starts no threads, whose
@@ -68,10 +69,10 @@ class _DeviceCounts:
     """
 
     def __init__(self, device: torch.device) -> None:
-        from ..core import triton_kernels
+        from . import count_kernels
 
-        self._kernels = triton_kernels
-        fast = triton_kernels.FAST_HISTOGRAM
+        self._kernels = count_kernels
+        fast = count_kernels.FAST_HISTOGRAM
         # Without histograms of blocks, each value is an atomic operation, and those on the same address wait for each other.
         sets = 1 if fast else 16
         self.device = device
@@ -95,29 +96,27 @@ class _DeviceCounts:
         self._in_rows += n
         # Not more programs than run at a time: each has to add what it found to the rows.
         programs, tensors = min(-(-n // _TALLIED), 256), (x, self.words, self._rows)
-        kernels.launch(self._kernels.tally_kernel, programs, tensors, (n,), _CONSTANTS, num_warps=32)
+        launch(self._kernels.tally_kernel, programs, tensors, (n,), _CONSTANTS, num_warps=32)
 
     def fold(self) -> None:
         """Bring ``counts`` and ``words`` up to date."""
         if not self._in_rows or self._rows is None:
             return
         self._widen()
-        kernels.launch(
-            self._kernels.fold_kernel, _LEVELS, (self.words, self._rows, self.counts), (), (_LOG2_BINS,), num_warps=8
-        )
+        launch(self._kernels.fold_kernel, _LEVELS, (self.words, self._rows, self.counts), (), (_LOG2_BINS,), num_warps=8)
         self._in_rows = 0
 
     def _widen(self) -> None:
         constants = MIN_EXPONENT, _LOG2_BINS
-        kernels.launch(self._kernels.widen_kernel, len(self.counts), (self.words, self.counts), (), constants, num_warps=8)
+        launch(self._kernels.widen_kernel, len(self.counts), (self.words, self.counts), (), constants, num_warps=8)
 
     def _add_one_by_one(self, x: Tensor, n: int) -> None:
         # Enough programs for the largest devices; each has to merge what it found with the others.
         sets, block = len(self.counts), 4096
         programs, constants = min(-(-n // block), 2048), (sets, MIN_EXPONENT, _LOG2_BINS, block)
-        kernels.launch(self._kernels.largest_kernel, programs, (x, self.words), (n,), (block,), num_warps=8)
+        launch(self._kernels.largest_kernel, programs, (x, self.words), (n,), (block,), num_warps=8)
         self._widen()
-        kernels.launch(self._kernels.count_kernel, programs, (x, self.words, self.counts), (n,), constants, num_warps=8)
+        launch(self._kernels.count_kernel, programs, (x, self.words, self.counts), (n,), constants, num_warps=8)
 
 
 class Histogram:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import numerics
+from .launching import launch
 from .numerics import INT8, SCALE_MIN, Format, check_scale
 
 _BLOCK = 4096
@@ -24,8 +25,6 @@ _BLOCK = 4096
 _WORD = 32
 _WORDS = _BLOCK // _WORD
 _SMALLEST_BLOCK = 64
-# What is to be one operation, rounded once, says so in the kernels. Versions of Triton differ in what they fuse themselves.
-_OPTIONS = {"enable_fp_fusion": False}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -246,51 +245,6 @@ def _dense(x: Tensor, like: Tensor) -> Tensor:
         return x
     same = all(a == b for a, b, size in zip(x.stride(), like.stride(), x.shape, strict=True) if size > 1)
     return x if same else torch.empty_like(like, dtype=x.dtype).copy_(x)
-
-
-def launch(
-    kernel: Any, programs: int, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], constants: tuple[Any, ...], **options: Any
-) -> None:
-    """Start ``programs`` of a kernel on the device of its first tensor.
-
-    Args:
-        kernel: Of :mod:`qat.core.triton_kernels`; its parameters are the following, in their order.
-        programs: How many, at least one.
-        tensors: Pointers.
-        sizes: Integers.
-        constants: What the kernel is compiled for.
-        options: Of Triton.
-    """
-    x = tensors[0]
-    if not x.is_cuda:
-        kernel[(programs,)](*tensors, *sizes, *constants, **options, **_OPTIONS)
-        return
-    device = x.get_device()
-    if device != torch.cuda.current_device():
-        with torch.cuda.device_of(x):
-            launch(kernel, programs, tensors, sizes, constants, **options)
-        return
-    # What Triton compiles a kernel for, besides the constants. It finds all of that out itself, but takes as long as the GPU
-    # takes for a small layer.
-    kind = (
-        device,
-        constants,
-        *options.items(),
-        *[(t.dtype, t.data_ptr() & 15) for t in tensors],
-        *[(n == 1, n & 15 == 0, n >> 31) for n in sizes],
-    )
-    compiled = _compiled(kernel)
-    known = compiled.get(kind)
-    if known is None:
-        compiled[kind] = kernel[(programs,)](*tensors, *sizes, *constants, **options, **_OPTIONS)
-    else:
-        known[(programs, 1, 1)](*tensors, *sizes, *constants)
-
-
-@functools.cache
-def _compiled(kernel: Any) -> dict[tuple[Any, ...], Any]:
-    """What a kernel was compiled to, by the kinds of its arguments."""
-    return {}
 
 
 def _blocks(size: int) -> int:

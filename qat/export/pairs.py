@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxscript
-import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from ..core.numerics import INT8, quantize
+from ..core.formats import INT8, quantize
 from ..errors import QATError
 
 DOMAIN = "qat"
@@ -144,9 +143,8 @@ def _pair(call: _Call, x: str, y: str, prefix: str, weight: TensorProto | None) 
         "DequantizeLinear", [codes, scale.name, zero_point.name], [y], f"{prefix}/DequantizeLinear", **axis
     )
     if weight is not None:
-        values = torch.from_numpy(numpy_helper.to_array(weight).copy())
-        int8 = quantize(values, torch.from_numpy(call.scale.copy()), axis=call.axis, fmt=INT8).to(torch.int8)
-        return [dequantize], [scale, zero_point, numpy_helper.from_array(int8.numpy(), codes)]
+        int8 = quantize(numpy_helper.to_array(weight), call.scale, axis=call.axis, fmt=INT8).astype(np.int8)
+        return [dequantize], [scale, zero_point, numpy_helper.from_array(int8, codes)]
     quantize_node = helper.make_node(
         "QuantizeLinear", [x, scale.name, zero_point.name], [codes], f"{prefix}/QuantizeLinear", **axis
     )

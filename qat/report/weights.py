@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..analysis.layers import running
 from ..analysis.metrics import Distance
-from ..core.numerics import broadcast_scale
+from ..core.numerics import broadcast_scale, quantize
 from ..core.quantizer import Quantizer, State, WeightQuantizer, watching
 
 BINS = 80
@@ -55,9 +55,9 @@ def weight_ranges(model: nn.Module, batch: Any) -> tuple[WeightRange, ...]:
 
 def _look(path: str, site: WeightQuantizer, weight: Tensor) -> WeightRange:
     scale = site.range_scale(weight)
-    wide = broadcast_scale(scale, weight, site.axis)
     distance = Distance()
-    distance.add(weight, (weight / wide).round().clamp(site.fmt.qmin, site.fmt.qmax) * wide)
+    codes = quantize(weight, scale, axis=site.axis, fmt=site.fmt)
+    distance.add(weight, codes * broadcast_scale(scale, weight, site.axis))
     amax = scale * site.fmt.qmax
     limit = float(weight.abs().max())
     # Bins of no width hold nothing: all weights are zero, or next to it.

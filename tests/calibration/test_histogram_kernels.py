@@ -19,7 +19,7 @@ from qat.calibration.observers import HistogramObserver, WeightObserver, settle
 from qat.core.quantizer import State, WeightQuantizer, quantizers
 from qat.errors import QATError
 
-triton_kernels = pytest.importorskip("qat.core.triton_kernels", reason="needs triton", exc_type=ImportError)
+count_kernels = pytest.importorskip("qat.calibration.count_kernels", reason="needs triton", exc_type=ImportError)
 # The interpreter cuts bfloat16 off instead of rounding it.
 DEVICES = ["cpu"] if INTERPRETED else []
 DEVICES += [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -42,7 +42,7 @@ def test_all_in_tritons_interpreter(way):
 @pytest.fixture(params=[True, False], ids=["histograms of blocks", "atomics"])
 def way(request, monkeypatch):
     """The kernels' way to count: that of new versions of Triton, and that of old ones."""
-    monkeypatch.setattr(triton_kernels, "FAST_HISTOGRAM", request.param)
+    monkeypatch.setattr(count_kernels, "FAST_HISTOGRAM", request.param)
 
 
 @pytest.fixture(params=DEVICES)

@@ -92,3 +92,12 @@ def test_quality_is_that_of_tensors():
 def test_impossible_methods(method, percentile, message):
     with pytest.raises(QATError, match=message):
         find_amax(Bins.count([1.0]), method, percentile=percentile)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_search_stays_on_the_device_of_the_counts(method):
+    """A device that holds no values refuses what mixes devices, and what would wait for a value."""
+    counts = torch.zeros(3, 300, dtype=torch.int64, device="meta")
+    sizes = torch.zeros(3, dtype=torch.float64, device="meta")
+    found = search(counts, sizes, sizes, method)
+    assert (found.device.type, found.dtype, found.shape) == ("meta", torch.float32, (3,))
