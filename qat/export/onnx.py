@@ -1,7 +1,7 @@
 """``export_onnx``: a calibrated model to an ONNX file with QuantizeLinear/DequantizeLinear pairs.
 
 While exporting, every site calls one opaque operator. torch's exporter carries it through as a placeholder node, which
-:mod:`.graph` then replaces: names, scales, axes and zero-points are under our control, whatever the exporter's habits.
+:mod:`.pairs` then replaces: names, scales, axes and zero-points are under our control, whatever the exporter's habits.
 """
 
 from __future__ import annotations
