@@ -73,7 +73,7 @@ def cuda_graph(
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call with example inputs (see :func:`qat.inputs.call`)."""
+    """Positional and keyword arguments of a call with example inputs (see :func:`qat.support.inputs.call`)."""
     if isinstance(example, tuple):
         return example, {}
     if isinstance(example, dict):

@@ -1,4 +1,4 @@
-"""Calibrated networks that analyses and reports look at."""
+"""Calibrated networks whose forward methods do what analyses could stumble over, and a check that these change nothing."""
 
 import torch
 from prepare_nets import NO_HEAD, Net, conv, images
@@ -68,6 +68,8 @@ class PreActivated(nn.Module):
 
 
 class Encoder(nn.Module):
+    """A transformer layer: attention, layer norm, two linear layers."""
+
     def __init__(self):
         super().__init__()
         self.embed = nn.Linear(3, 8)
@@ -89,6 +91,7 @@ MODELS = {
 
 
 def made(name="residual"):
+    """One of ``MODELS``, prepared and calibrated; the same at every call."""
     make, config = MODELS[name]
     torch.manual_seed(0)
     model = make()
@@ -98,6 +101,7 @@ def made(name="residual"):
 
 
 def states(model):
+    """All that an analysis may not change."""
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = [(site.state, site.observer, "export_scale" in vars(site)) for _, site in quantizers(model)]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training, m.__class__) for m in model.modules()]
@@ -105,5 +109,6 @@ def states(model):
 
 
 def unchanged(model, before):
+    """Whether ``states`` are those of ``before``."""
     tensors, *rest = states(model)
     return rest == list(before[1:]) and all(torch.equal(tensor, before[0][name]) for name, tensor in tensors.items())

@@ -1,4 +1,7 @@
-"""Calibrated networks, and comparisons of their states."""
+"""Networks with sites that nothing has calibrated yet, batches for them, and what to compare afterwards.
+
+No placement decides about these sites: every layer has one on its input and one on its weight.
+"""
 
 from typing import Any
 
@@ -23,6 +26,7 @@ def quantized(model: nn.Module, *, learned: bool = False) -> nn.Module:
 
 
 def small_model(**kwargs: Any) -> nn.Module:
+    """A convolution and a linear layer with sites, and between them what behaves otherwise in training."""
     torch.manual_seed(0)
     return quantized(
         nn.Sequential(
@@ -39,11 +43,13 @@ def small_model(**kwargs: Any) -> nn.Module:
 
 
 def images(count: int = 6, batch: int = 4) -> list[Tensor]:
+    """Batches of ``(batch, 3, 8, 8)``, each larger in magnitude than the one before."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(batch, 3, 8, 8, generator=generator) * (k + 1) for k in range(count)]
 
 
 def ranges_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the ranges, by the path of their site."""
     return {path: site.amax.detach().clone() for path, site in quantizers(model)}
 
 
@@ -53,4 +59,5 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def states_of(model: nn.Module) -> list[State]:
+    """The state of every site, in their order."""
     return [site.state for _, site in quantizers(model)]

@@ -71,6 +71,7 @@ class TwoHeads(nn.Module):
 
 
 def images(batch: int = 4, size: int = 16, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    """One batch of ``(batch, channels, size, size)``."""
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -87,6 +88,7 @@ def quantized(model: nn.Module, example: torch.Tensor, **settings) -> nn.Module:
 
 
 def tiny(**settings) -> nn.Module:
+    """A quantized :class:`TinyResNet`; the same at every call."""
     torch.manual_seed(0)
     return quantized(TinyResNet(), images(), **settings)
 

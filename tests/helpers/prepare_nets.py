@@ -1,4 +1,4 @@
-"""Small models for the tests of prepare, and what those ask of them."""
+"""Small models for the tests of ``prepare``, an input of theirs, and what to ask of model and report."""
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ class Net(nn.Module):
 
 
 class Block(nn.Module):
+    """Two convolutions and the Add of their input."""
+
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.conv2 = conv(), conv()
@@ -39,10 +41,12 @@ class Block(nn.Module):
 
 
 def images(seed: int = 0) -> torch.Tensor:
+    """One batch for :class:`Net`, ``(2, 3, 6, 6)``."""
     return torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
 
 
 def calibrated(model: nn.Module, config: QuantConfig | None = None) -> nn.Module:
+    """``model``, prepared and calibrated on that batch."""
     qat.prepare(model, config)
     qat.calibrate(model, [images()], method="max", progress=False)
     return model
@@ -60,10 +64,12 @@ def snapshot(model: nn.Module) -> dict:
 
 
 def whats(report, path: str) -> list[str]:
+    """What the sites at ``path`` quantize."""
     return [site.what for site in report.sites if site.path == path]
 
 
 def why(report, path: str) -> str:
+    """Why there is no site at ``path``."""
     return "; ".join(item.why for item in report.left if item.path == path)
 
 
@@ -79,6 +85,8 @@ class Sum(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """A learned factor a channel, as a module."""
+
     def __init__(self) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((4, 1, 1), 0.1))
@@ -88,6 +96,8 @@ class LayerScale(nn.Module):
 
 
 class Scaled(Block):
+    """The factor in the addition itself."""
+
     def __init__(self) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((4, 1, 1), 0.1))
@@ -97,12 +107,16 @@ class Scaled(Block):
 
 
 class Upsampled(Block):
+    """An addition of two tensors that come out of functions."""
+
     def forward(self, x):
         small = F.max_pool2d(self.conv1(x), 2)
         return F.interpolate(small, scale_factor=2.0) + F.avg_pool2d(self.conv2(x), 3, 1, 1)
 
 
 class Attending(nn.Module):
+    """Attention over the pixels, with its Add."""
+
     def __init__(self) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
@@ -113,6 +127,7 @@ class Attending(nn.Module):
 
 
 def two() -> nn.Module:
+    """Two convolutions in a row."""
     return nn.Sequential(conv(), nn.ReLU(), conv())
 
 
@@ -128,6 +143,7 @@ class WithAdd(Block):
 
 
 def decorate(model: nn.Module) -> nn.Module:
+    """Give :class:`Net` hooks and an attribute, as a user may have."""
     model.stem.register_forward_hook(lambda *args: None)
     model.body.register_forward_pre_hook(lambda *args: None)
     model.note = "user attribute"

@@ -15,6 +15,9 @@ needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (pip install -e '.[rtx]')"
 )
 
+# GPUs that files are compiled for. Another one takes as long again and shows the same kernels.
+TARGETS = ["SM86", pytest.param("SM89", marks=pytest.mark.slow)]
+
 # Kernels that multiply and accumulate.
 _MAC = {"correlation", "gemm", "deconv", "runtime_fusion"}
 _HEAD = re.compile(r"Name: (.*?), LayerType: (\w+), ")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import qat
+from qat.core.quantizer import WeightQuantizer, quantizers
 from qat.nn import recompute
 
 CONVS = {
@@ -180,11 +181,11 @@ def test_a_tensor_with_several_readers_is_quantized_once(monkeypatch):
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     qat.calibrate(model, [x], method="max", progress=False)
     calls = []
-    original = qat.quantizer.fake_quantize_range
+    original = qat.core.quantizer.fake_quantize_range
     monkeypatch.setattr(
-        qat.quantizer, "fake_quantize_range", lambda t, amax, **settings: calls.append(1) or original(t, amax, **settings)
+        qat.core.quantizer, "fake_quantize_range", lambda t, amax, **settings: calls.append(1) or original(t, amax, **settings)
     )
-    sites = [site for _, site in qat.quantizer.quantizers(model) if not isinstance(site, qat.quantizer.WeightQuantizer)]
+    sites = [site for _, site in quantizers(model) if not isinstance(site, WeightQuantizer)]
     model.train()(x)
     assert len(calls) == len(sites)
     assert sum(site.readers for site in sites) > len(sites)
