@@ -57,6 +57,7 @@ setup(
             *(*NOTEBOOKS, *REPORT, *DETECTION, *RTX),
             *("pytest", "pytest-xdist>=3.7", "filelock", "hypothesis", "timm", "ruff", "mypy"),
             "jsonargparse[signatures]",  # LightningCLI
+            "pytorch_lightning>=2.6",  # the other package that holds Lightning
         ],
     },
     entry_points={"console_scripts": ["qat = qat.cli:main"]},

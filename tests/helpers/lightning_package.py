@@ -1,13 +1,18 @@
 """The Lightning that tests run with: by default ``lightning.pytorch``, or ``QAT_TEST_LIGHTNING=pytorch_lightning``.
 
-Nothing imports both, so that a test of one would see what needs the other.
+Where it is named, the other package cannot be imported, as if it were not installed.
 """
 
 import os
+import sys
 from importlib import import_module
 
+FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
 NAME = os.environ.get("QAT_TEST_LIGHTNING", "lightning.pytorch")
-FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}[NAME]
+(OTHER,) = FABRIC.keys() - {NAME}
+if "QAT_TEST_LIGHTNING" in os.environ:
+    for module in (OTHER, FABRIC[OTHER]):
+        sys.modules[module.partition(".")[0]] = None
 pl = import_module(NAME)
 callbacks = pl.callbacks
 
@@ -18,4 +23,4 @@ def part(name):
 
 
 def make_fabric(**options):
-    return import_module(FABRIC).Fabric(**options)
+    return import_module(FABRIC[NAME]).Fabric(**options)

@@ -1,6 +1,6 @@
 """QATCallback together with what else a Trainer does: fit, resume, test and load, for each feature.
 
-``python tests/test_callback_matrix.py`` runs them and prints the table of docs/lightning.md.
+``python tests/lightning/test_callback_matrix.py`` runs them and prints the table of docs/lightning.md.
 """
 
 import copy
