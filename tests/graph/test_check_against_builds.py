@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from rtx import compile_kernels, needs_rtx
 
 from qat.graph.check import check_onnx
-from qat.graph.wishes import Graph
+from qat.graph.graph import Graph
+from qat.graph.wishes import wishes
 from qat.tensorrt import inspect
 
 CHANNELS = 32
@@ -241,6 +242,7 @@ PRODUCTS = {
     "global average pool": behind("GlobalAveragePool"),
     "reduce max": behind("ReduceMax", int64(2, 3)),
     "reduce mean": behind("ReduceMean", int64(2, 3)),
+    "reduce min": behind("ReduceMin", int64(2, 3)),
     "neg": behind("Neg"),
     "abs": behind("Abs"),
     "times a number": behind("Mul", np.float32(-2)),
@@ -259,6 +261,7 @@ PRODUCTS = {
     "concat with float": joined("Concat", (0.1, None), axis=1),
     "concat with a constant": joined_weight,
     "max of two": joined("Max", inputs=CHANNELS),
+    "min of two": joined("Min", inputs=CHANNELS),
     "max of unequal scales": joined("Max", (0.1, 0.3), inputs=CHANNELS),
     "sum of two": joined("Add", inputs=CHANNELS),
     "product of two": joined("Mul", inputs=CHANNELS),
@@ -382,7 +385,7 @@ def answers(tmp_path_factory):
     int8 = {node for kernel in compile_kernels(path) if kernel.is_int8 for node in kernel.nodes}
     return Answers(
         findings,
-        {wish.node: wish.obstacle for wish in Graph(model).wishes()},
+        {wish.node: wish.obstacle for wish in wishes(Graph(model), rtx=True)},
         int8,
         {site.node: site.state for site in inspect(path).sites},
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 import qat
 from qat.errors import QATError
-from qat.graph import simplify
+from qat.graph.simplify import simplify
 
 N = helper.make_node
 
