@@ -96,6 +96,7 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
     from qat.recipes import models, training, variants
     from qat.recipes.data import load
     from qat.recipes.settings import parse
+    from qat.support.tensor_files import write_tensors
 
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -120,8 +121,7 @@ def run_seed(seed: int, args: argparse.Namespace, done: set[tuple[str, str]]) ->
     else:
         base = training.make_classifier(model, settings, fine_tune=False)
         training.fit(base, data, settings, epochs=settings.epochs, name="float", console=console, seed=seed)
-        torch.save(model.cpu().state_dict(), kept.with_suffix(".new"))
-        kept.with_suffix(".new").replace(kept)
+        write_tensors(kept, model.cpu().state_dict())
     model.cpu().eval()
     batches = list(data.loader(getattr(data, args.part), 256))
     labels = torch.cat([label for _, label in batches])

@@ -74,6 +74,7 @@ def export_model(name: str, out: Path, opset: int) -> str:
     import qat
     from qat.export import export_float
     from qat.nn.add import QuantAdd
+    from qat.support.files import whole_file
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
@@ -94,8 +95,8 @@ def export_model(name: str, out: Path, opset: int) -> str:
                 if isinstance(module, QuantAdd):
                     module.fuse = fuse
             arrays[graph] = quantized(images).numpy()
-    np.savez(out / f"{name}.part.npz", **arrays)  # type: ignore[arg-type]  # names of files, not of its parameter
-    (out / f"{name}.part.npz").replace(out / f"{name}.npz")
+    with whole_file(out / f"{name}.npz") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # names of files, not of its parameter
     return name
 
 
@@ -172,6 +173,7 @@ def supervise(args: argparse.Namespace, models: tuple[str, ...], until: float, o
 def work(args: argparse.Namespace) -> None:
     """Build and measure what the results do not hold yet; the results are saved after each."""
     from qat.errors import QATError
+    from qat.support.files import write_text
 
     rows = read(args.results)
     builder = warm_builder()
@@ -202,9 +204,7 @@ def work(args: argparse.Namespace) -> None:
             print(f"{title}: {error}", flush=True)
             done.add(job.key)
             continue
-        temporary = args.results.with_suffix(".tmp")
-        temporary.write_text(json.dumps(rows, indent=1))
-        temporary.replace(args.results)
+        write_text(args.results, json.dumps(rows, indent=1))
         print(f"{title}: {rows[job.key]}", flush=True)
     note.unlink(missing_ok=True)
     del builder

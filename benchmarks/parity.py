@@ -34,8 +34,10 @@ from torch.overrides import TorchFunctionMode
 
 import qat
 from qat.export import ParityReport
+from qat.nn.add import fusing_adds
+from qat.support.modes import looking_at
 from qat.verify.differences import Difference
-from qat.verify.onnx_parity import _evaluating, _float32, _recorded, _ReversedSums
+from qat.verify.onnx_parity import _float32, _recorded, _ReversedSums
 
 # What PyTorch does differently: oneDNN kernels, channels-last, sums from last to first.
 YARDSTICKS = {
@@ -68,7 +70,7 @@ def compare(
         return logits, {(call.site, call.index): call.codes for call in found}
 
     shares = {}
-    with torch.no_grad(), _evaluating(model, fuse_adds=fuse_adds):
+    with looking_at(model), fusing_adds(model, fuse_adds):
         logits, codes = run(True, False, False)
         # The same codes as in the report: a site that several layers call stands in the file once.
         codes = {(site.site, site.call): codes[site.site, site.call] for site in report.sites}

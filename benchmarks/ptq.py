@@ -154,6 +154,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, required=True, help="JSON file; networks and seeds in it are not run again")
     args = parser.parse_args()
+    from qat.support.files import write_text
+
     rows = json.loads(args.results.read_text()) if args.results.exists() else []
     done = {(row["arch"], row["seed"]) for row in rows}
     missing = [(arch, seed) for seed in args.seeds for arch in args.archs if (arch, seed) not in done]
@@ -161,7 +163,7 @@ def main() -> int:
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
         for future in concurrent.futures.as_completed([pool.submit(run_seed, *item, args.steps) for item in missing]):
             rows += future.result()
-            args.results.write_text(json.dumps(rows, indent=1))
+            write_text(args.results, json.dumps(rows, indent=1))
             print(f"{rows[-1]['arch']}, seed {rows[-1]['seed']} after {time.time() - begin:.0f} s", file=sys.stderr, flush=True)
     print(table(rows))
     return 0

@@ -27,7 +27,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 VARIANTS = ("float", "qat", "lsq", "torch", "modelopt", "brevitas", "torchao")
@@ -248,7 +247,9 @@ def run(args: argparse.Namespace) -> int:
                     print(f"{process.variant}: {statistics.median(answer['times']):.1f} ms", file=sys.stderr, flush=True)
     report(args, found, failed)
     if args.json:
-        Path(args.json).write_text(json.dumps({"found": found, "failed": failed}), encoding="utf-8")
+        from qat.support.files import write_text
+
+        write_text(args.json, json.dumps({"found": found, "failed": failed}))
     return 0
 
 

@@ -8,9 +8,9 @@ from .support.version import __version__ as __version__
 
 # Public names and where they live. Imported on first use: ``import qat`` is quick, and qat.tensorrt needs no torch.
 _PUBLIC = {
-    "Format": "core.numerics",
-    "INT4": "core.numerics",
-    "INT8": "core.numerics",
+    "Format": "core.formats",
+    "INT4": "core.formats",
+    "INT8": "core.formats",
     "QATCallback": "lightning.callback",
     "QATError": "errors",
     "QuantConfig": "core.config",
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .core import quantizer
     from .core.config import QuantConfig, Rule
-    from .core.numerics import INT4, INT8, Format, fake_quantize
+    from .core.formats import INT4, INT8, Format
+    from .core.numerics import fake_quantize
     from .errors import QATError
     from .export import export_onnx
     from .lightning.callback import QATCallback

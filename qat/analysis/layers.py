@@ -9,9 +9,9 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from ..core.quantizer import Quantizer, State, quantizers
 from ..errors import QATError
@@ -21,7 +21,7 @@ from ..nn.layers import CONVS, CONVS_TRANSPOSED, QuantLayer
 from ..nn.mul import QuantMul
 from ..nn.pool import QuantPool
 from ..support.batches import run_batch
-from ..support.modes import evaluating, isolated_random, unchanged_tensors, uncompiled
+from ..support.modes import hooked, looking_at
 
 _KINDS = {QuantAttention: "attention", QuantAdd: "add", QuantMul: "gate", QuantPool: "pool"}
 
@@ -124,18 +124,19 @@ def switching(model: nn.Module, layers: Collection[Layer]) -> Iterator[Switches]
     """
     states = [(site, site.state) for _, site in quantizers(model)]
     switches = Switches(layers, [site for site, state in states if state is State.QUANTIZING])
-    handles: list[Any] = []
-    try:
+
+    def register() -> Iterator[RemovableHandle]:
         for layer in layers:
             if not isinstance(layer.module, Quantizer):
-                handles.append(layer.module.register_forward_pre_hook(partial(switches.enter, layer), prepend=True))
-                handles.append(layer.module.register_forward_hook(switches.leave, always_call=True))
+                yield layer.module.register_forward_pre_hook(partial(switches.enter, layer), prepend=True)
+                yield layer.module.register_forward_hook(switches.leave, always_call=True)
         for site, _ in states:
-            handles.append(site.register_forward_pre_hook(switches.reach))
-        yield switches
+            yield site.register_forward_pre_hook(switches.reach)
+
+    try:
+        with hooked(register()):
+            yield switches
     finally:
-        for handle in handles:
-            handle.remove()
         for site, state in states:
             site.state = state
             site.__dict__.pop("export_scale", None)
@@ -151,7 +152,7 @@ def running(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Any], Any]]
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     tensor = next(chain(inner.parameters(), inner.buffers()), None)
     device = None if tensor is None else tensor.device
-    with evaluating(inner), unchanged_tensors(inner), isolated_random(inner), torch.no_grad(), uncompiled():
+    with looking_at(inner, keep_random=True):
         # Copies, as a model may change its input in place, and sees each batch several times.
         yield inner, lambda batch: run_batch(inner, tree_map_only(Tensor, Tensor.clone, batch), device)
 
@@ -199,12 +200,9 @@ class Bench:
 
             return look(layer, alone, out)
 
-        handles = [x.module.register_forward_hook(partial(hook, x), with_kwargs=True) for x in self.layers.values()]
-        try:
+        layers = self.layers.values()
+        with hooked(x.module.register_forward_hook(partial(hook, x), with_kwargs=True) for x in layers):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from ..calibration.methods import quality
 from ..calibration.observers import HistogramObserver
 from ..core.quantizer import Quantizer, State, WeightQuantizer, quantizers, watching
 from ..errors import QATError
+from ..support.text import plain
 from ..training.ranges import clip_rates as measured_clip_rates
 from .layers import each_batch, running
 from .metrics import Distance
-from .results import Result, make_table, plain
+from .results import Result, make_table
 
 
 @dataclass(frozen=True)

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from ..support.text import Printed
+from ..support.text import Plain, Printed
 
 
-class Result(Printed):
+class Result(Printed, Plain):
     """Mixin of the dataclasses that the analyses return."""
 
     @abstractmethod
     def table(self) -> Table:
         """For a terminal; ``print`` shows the same."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values; what is infinite or NaN is ``None``."""
-        return plain(asdict(self))  # type: ignore[call-overload]
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """:meth:`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def __rich__(self) -> Table:
         return self.table()
@@ -46,17 +36,6 @@ def make_table(
     for row in rows:
         table.add_row(*map(Text, row))  # paths are no markup
     return table
-
-
-def plain(value: Any) -> Any:
-    """Nested containers with ``None`` for what JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 TITLES = {"on": "One layer quantized, all others in float", "off": "One layer in float, all others quantized"}

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QATError
+from ..support.files import write_text
 from .measure import latency
-from .result import Latency, write_text
+from .result import Latency
 from .target import Target
 from .targets import from_path, is_a
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ..errors import QATError
+from ..support.files import write_text
 from .gpu import GpuLoad
 from .statistics import Summary
 
@@ -205,25 +203,3 @@ def _gpu_line(gpu: GpuLoad) -> str:
     }
     known = [f"{name} {spread.mean:.0f} {unit}" for name, (spread, unit) in quantities.items() if spread is not None]
     return f"{gpu.name}: {', '.join(known) or 'reports nothing'} (means of {gpu.samples} samples)"
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` to ``path`` through a temporary sibling.
-
-    Raises:
-        QATError: If the file cannot be written; an older one stays whole.
-    """
-    target = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise QATError(f"{target}: cannot be written: {error.strerror}") from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.replace(target)
-    except OSError as error:
-        raise QATError(f"{target}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

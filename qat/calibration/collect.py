@@ -10,13 +10,13 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from ..core.quantizer import Quantizer, State, WeightQuantizer, quantizers
 from ..errors import QATError
 from ..support.batches import run_batch
-from ..support.modes import evaluating, isolated_random, uncompiled
+from ..support.modes import looking_at
+from ..support.progress import progress_bar
 from .methods import check_method, check_weight_method
 from .observers import HistogramObserver, SiteObserver, WeightObserver, settle
 from .reduce import failed_ranks, rank, reduce_observers
@@ -100,7 +100,7 @@ def calibrate(
         activations, weights = _attach_observers(sites, log, weight_method)
         failed = True
         try:
-            with evaluating(model), isolated_random(model), torch.no_grad(), uncompiled():
+            with looking_at(model, keep_random=True):
                 _run(model, data, batches, progress and rank() == 0)
             settle(log)
             failed = False
@@ -160,8 +160,7 @@ def _attach_observers(
 
 
 def _run(model: nn.Module, data: Any, batches: int | None, progress: bool) -> None:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, disable=not progress) as bar:
+    with progress_bar(shown=progress) as bar:
         if _is_function(data):
             bar.add_task("Calibrating", total=None)
             data(model)

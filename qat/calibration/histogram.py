@@ -1,10 +1,4 @@
-"""Histograms of magnitudes that merge without error.
-
-Bins are half-open, ``[j * width, (j + 1) * width)``, and every width is a power of two. Dividing by a power of two is exact
-and ``floor(floor(x / w) / 2) == floor(x / 2w)``, so doubling the width by adding up pairs of bins gives what counting at that
-width would have given. The content therefore depends on the set of values alone: not on the order of the batches, nor on how
-they were spread over the ranks of a distributed run.
-"""
+"""Count the magnitudes of tensors on their device, in the bins of :mod:`qat.core.bins`."""
 
 from __future__ import annotations
 
@@ -16,15 +10,16 @@ import torch
 from torch import Tensor
 
 from ..core import kernels
+from ..core.bins import BINS as BINS
+from ..core.bins import MIN_EXPONENT as MIN_EXPONENT
+from ..core.bins import Bins
+from ..core.bins import coarsen as coarsen
+from ..core.bins import width_exponent as width_exponent
 from ..errors import QATError
 
-BINS = 4096
-# Widths below 2 ** -100 would need factors near the end of float32. Ranges that small end at the smallest scale anyway.
-MIN_EXPONENT = -100
 # Values counted at a time. On a CPU the intermediate results then stay in the cache, and torch starts no threads, whose
 # barriers would cost more than the work; on other devices launches cost more than memory traffic.
 _CHUNK_CPU, _CHUNK = 2**15, 2**24
-
 
 # Of exponents of widths on a device, from MIN_EXPONENT to those of the largest magnitudes, infinity and NaN.
 _LOG2_BINS = BINS.bit_length() - 1
@@ -32,18 +27,6 @@ _LEVELS = 256 - (126 + _LOG2_BINS + MIN_EXPONENT)
 # Values that a kernel looks at together, and most that 32 bits can count.
 _TALLIED, _MOST = 2**14, 2**31 - 2**14
 _CONSTANTS = MIN_EXPONENT, _LOG2_BINS, _TALLIED
-
-
-def width_exponent(amax: float) -> int:
-    """The smallest ``k`` with ``amax < BINS * 2 ** k``, at least ``MIN_EXPONENT``.
-
-    Example:
-        >>> width_exponent(4095.0), width_exponent(4096.0)
-        (0, 1)
-    """
-    if amax == 0:
-        return MIN_EXPONENT
-    return max(math.frexp(amax)[1] - BINS.bit_length() + 1, MIN_EXPONENT)
 
 
 def largest_magnitude(x: Tensor) -> float:
@@ -65,19 +48,6 @@ def float_of_bits(bits: int) -> float:
         3.1415927410125732
     """
     return float(struct.unpack("<f", struct.pack("<i", bits))[0])
-
-
-def coarsen(counts: Tensor, shift: int) -> Tensor:
-    """``counts`` of shape ``(BINS,)`` for bins ``2 ** shift`` times as wide.
-
-    Example:
-        >>> coarsen(torch.ones(BINS, dtype=torch.int64), 11)[:3]
-        tensor([2048, 2048,    0])
-    """
-    if shift == 0:
-        return counts
-    merged = counts.reshape(-1, 2 ** min(shift, BINS.bit_length() - 1)).sum(dim=1)
-    return torch.nn.functional.pad(merged, (0, BINS - len(merged)))
 
 
 class _DeviceCounts:
@@ -216,6 +186,10 @@ class Histogram:
     def used(self) -> Tensor:
         """The counts up to the bin that holds ``amax``."""
         return self.counts[: int(self.amax / self.width) + 1]
+
+    def bins(self) -> Bins:
+        """The content, without PyTorch: the counts are copied from the device."""
+        return Bins(self.counts.cpu().numpy().copy(), self.exponent, self.amax)
 
     def cover(self, amax: float) -> None:
         """Widen the bins, if need be, until ``amax`` falls into one."""

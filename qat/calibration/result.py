@@ -9,12 +9,12 @@ from rich.table import Table
 from torch import Tensor
 
 from ..core.quantizer import Quantizer, set_ranges
-from ..support.text import as_text
+from ..support.text import Printed
 from .histogram import Histogram
 from .methods import check_method, find_ranges, quality
 
 
-class Calibration:
+class Calibration(Printed):
     """The statistics of one pass over the data, from which any method's ranges can be taken.
 
     Prints as a table of the ranges that were applied last. Holds one histogram a site (32 KiB), no activations.
@@ -99,6 +99,3 @@ class Calibration:
                 row += [f"{amax:.4g}", f"{clipped:.4%}", f"{sqnr:.1f}"]
             table.add_row(*row)
         return table
-
-    def __str__(self) -> str:
-        return as_text(self)

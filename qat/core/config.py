@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QATError
-from .numerics import FORMATS, Format
+from ..support.files import write_text
+from .formats import FORMATS, Format
 
 _CHOICES = {
     "weight_format": tuple(FORMATS),
@@ -172,10 +173,14 @@ class QuantConfig:
         return cls(**_known(settings, cls, "config"))
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write the settings to ``path``."""
+        """Write the settings to ``path``.
+
+        Raises:
+            QATError: If it cannot be written; the file of before stays whole.
+        """
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> QuantConfig:

@@ -11,39 +11,16 @@ Backward: straight-through with a clip mask; the scale gradient is that of LSQ (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import QATError
-
-# 2 ** -24 is the smallest positive float16: a scale below it would become zero in an FP16 engine, and TensorRT
-# refuses scales that are not positive.
-SCALE_MIN = 2.0**-24
-
-
-@dataclass(frozen=True)
-class Format:
-    """An integer number format.
-
-    Attributes:
-        name: Unique; what configurations and reports show.
-        qmin: Smallest code.
-        qmax: Largest code; ``amax`` maps onto it.
-    """
-
-    name: str
-    qmin: int
-    qmax: int
-
-    def __str__(self) -> str:
-        return self.name
-
-
-INT8 = Format("int8", -128, 127)
-INT4 = Format("int4", -8, 7)
-FORMATS = {fmt.name: fmt for fmt in (INT8, INT4)}
+from .formats import FORMATS as FORMATS
+from .formats import INT4 as INT4
+from .formats import INT8 as INT8
+from .formats import SCALE_MIN as SCALE_MIN
+from .formats import Format as Format
+from .formats import check_scale as check_shapes
 
 
 def amax_to_scale(amax: Tensor, fmt: Format = INT8) -> Tensor:
@@ -359,13 +336,7 @@ def largest_magnitude(x: Tensor, axis: int | None) -> Tensor:
 
 def check_scale(x: Tensor, scale: Tensor, axis: int | None) -> None:
     """Raise :class:`QATError` unless ``scale`` fits ``x`` along ``axis``."""
-    if axis is None:
-        if scale.numel() != 1:
-            raise QATError(f"scale has {scale.numel()} elements; pass axis for per-channel scales")
-    elif not -x.ndim <= axis < x.ndim:
-        raise QATError(f"axis {axis} is out of range for x of shape {tuple(x.shape)}")
-    elif scale.shape != (x.shape[axis],):
-        raise QATError(f"scale has shape {tuple(scale.shape)}, but axis {axis} of x has size {x.shape[axis]}")
+    check_shapes(tuple(x.shape), tuple(scale.shape), axis)
 
 
 def lsq_factor(x: Tensor, scale: Tensor, fmt: Format) -> float:

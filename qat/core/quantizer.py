@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import QATError
+from ..support.modes import assigned, hooked
 from .kernels import fake_quantize_range, fake_quantize_weight
 from .numerics import INT8, SCALE_MIN, Format, amax_to_scale, fake_quantize_node, largest_magnitude, traced_fake_quantize_weight
 
@@ -338,38 +339,18 @@ def watching(model: nn.Module, look: Callable[[str, Quantizer, Tensor], None]) -
     def hook(path: str, site: Quantizer, args: tuple[Any, ...]) -> None:
         look(path, site, args[0].detach())
 
-    handles = [site.register_forward_pre_hook(partial(hook, path)) for path, site in quantizers(model)]
-    try:
+    with hooked(site.register_forward_pre_hook(partial(hook, path)) for path, site in list(quantizers(model))):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-@contextmanager
-def switched_off(model: nn.Module) -> Iterator[None]:
+def switched_off(model: nn.Module) -> AbstractContextManager[None]:
     """While this lasts every site passes tensors through unchanged: the float model, to the bit."""
-    with _switched(model, State.OFF):
-        yield
+    return assigned([site for _, site in quantizers(model)], "state", State.OFF)
 
 
-@contextmanager
-def passing(model: nn.Module) -> Iterator[None]:
+def passing(model: nn.Module) -> AbstractContextManager[None]:
     """As :func:`switched_off`, but every site is called: attention whose sites are off may take PyTorch's fused path."""
-    with _switched(model, State.COLLECTING):
-        yield
-
-
-@contextmanager
-def _switched(model: nn.Module, to: State) -> Iterator[None]:
-    before = [(site, site.state) for _, site in quantizers(model)]
-    try:
-        for site, _ in before:
-            site.state = to
-        yield
-    finally:
-        for site, state in before:
-            site.state = state
+    return assigned([site for _, site in quantizers(model)], "state", State.COLLECTING)
 
 
 def is_prepared(model: nn.Module) -> bool:

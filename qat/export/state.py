@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..core.numerics import INT8
 from ..core.quantizer import Quantizer, State, WeightQuantizer, quantizers
 from ..errors import QATError
-from ..nn.add import QuantAdd
+from ..nn.add import fusing_adds
+from ..support.modes import evaluating
 from .inputs import output_names, run
 
 # The buffer that a site reads its scale from, there during an export only.
@@ -40,23 +41,25 @@ class _ScaleRecorder:
 
 @contextlib.contextmanager
 def exporting(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fuse_adds: bool) -> Iterator[Traced]:
-    """Put ``model`` in the state to be traced; afterwards, and after an error, it is what it was."""
+    """Put ``model`` in the state to be traced; afterwards, and after an error, it is what it was. It may have no sites."""
+    with evaluating(model), fusing_adds(model, fuse_adds), _traceable(model, args, kwargs) as traced:
+        yield traced
+
+
+@contextlib.contextmanager
+def _traceable(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Traced]:
+    """Every site that runs calls the exporter's operator, the others pass tensors through."""
     sites = dict(quantizers(model))
-    adds = [module for module in model.modules() if isinstance(module, QuantAdd)]
-    training = {module: module.training for module in model.modules()}
     states = {site: (site.state, site.observer) for site in sites.values()}
-    fused = {add: add.fuse for add in adds}
     try:
-        model.eval()
-        for add in adds:
-            add.fuse = fuse_adds
         recorders = {path: _ScaleRecorder(site) for path, site in sites.items()}
         for path, site in sites.items():
             site.observer, site.state = recorders[path], State.COLLECTING
         output = run(model, args, kwargs, "example_inputs")
         # Sites that do not run in eval mode, auxiliary heads say, are no part of the graph and need no range.
         reached = {path: site for path, site in sites.items() if recorders[path].scale is not None}
-        _refuse_unready(reached, {path: states[site][0] for path, site in reached.items()})
+        if sites:
+            _refuse_unready(reached, {path: states[site][0] for path, site in reached.items()})
         for path, site in sites.items():
             site.observer, site.state = states[site][1], State.OFF
             if path in reached:
@@ -68,10 +71,6 @@ def exporting(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], f
             site.state, site.observer = state, observer
             if SCALE in site._buffers:
                 delattr(site, SCALE)
-        for add, fuse in fused.items():
-            add.fuse = fuse
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _refuse_unready(sites: dict[str, Quantizer], states: dict[str, State]) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 from onnx import ModelProto, TensorProto
 
 from ..errors import QATError
@@ -27,6 +26,7 @@ from .graph import reads
 from .reading import load_model, read_model
 from .run import run_model
 from .samples import random_inputs
+from .writing import check_model_target, model_draft
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -139,18 +139,19 @@ def simplify(
     """
     source = Path(path)
     external = any(tensor.data_location == TensorProto.EXTERNAL for tensor in read_model(source).graph.initializer)
+    if out is not None:
+        check_model_target(out, external_data=external)
     findings = check_onnx(source)
     original = load_model(source)
     _name_nodes(original)
     slimmed = _slim(original, source)
     merged = _explain(original, slimmed, source)
     _keep_metadata(original, slimmed, merged)
-    target = None if out is None else Path(out)
-    with _scratch(target) as folder:
-        name = "model.onnx" if target is None else target.name
-        data = f"{name}.data"
-        file = folder / name
-        onnx.save_model(slimmed, str(file), format="protobuf", save_as_external_data=external, location=data)
+    with contextlib.ExitStack() as stack:
+        target = out
+        if target is None:
+            target = Path(stack.enter_context(tempfile.TemporaryDirectory()), "model.onnx")
+        file = stack.enter_context(model_draft(slimmed, target, external_data=external))
         _refuse_worse(source, findings, file)
         feeds = dict(random_inputs(original) if inputs is None else inputs)
         differences = _compare(source, file, feeds)
@@ -160,13 +161,8 @@ def simplify(
                 f"{str(source)!r}: simplified, output {worst!r} differs by {differences[worst]:.1e} of its magnitude "
                 f"(tolerance={tolerance}). Nothing is written; use the file as it is"
             )
-        if target is not None:
-            # The weights first: the file that refers to them must never be there without them.
-            for part in (data, name):
-                if (folder / part).exists():
-                    (folder / part).replace(target.parent / part)
     before, after = (Counter(node.op_type for node in model.graph.node) for model in (original, slimmed))
-    return Simplification(str(source), None if target is None else str(target), before, after, merged, differences)
+    return Simplification(str(source), None if out is None else str(Path(out)), before, after, merged, differences)
 
 
 def _name_nodes(model: ModelProto) -> None:
@@ -263,19 +259,6 @@ def _keep_metadata(original: ModelProto, slimmed: ModelProto, merged: Mapping[st
                 entry.value = json.dumps({site: [merged.get(n) or n for n in nodes] for site, nodes in sites.items()})
             except (ValueError, AttributeError, TypeError) as error:
                 raise QATError(f"its metadata entry {_SITES} is no table of sites: {error}. Export it again") from error
-
-
-@contextlib.contextmanager
-def _scratch(target: Path | None) -> Iterator[Path]:
-    """A folder beside ``target``, so that finished files can be moved into place at once."""
-    if target is not None and (target.is_dir() or not target.name):
-        raise QATError(f"out={str(target)!r} is a folder; name the file to write")
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=".simplify-", dir=None if target is None else target.parent)
-    except OSError as error:
-        raise QATError(f"out={str(target)!r} cannot be written: {error.strerror}. Choose a writable folder") from error
-    with folder as name:
-        yield Path(name)
 
 
 def _refuse_worse(source: Path, findings: list[Any], file: Path) -> None:

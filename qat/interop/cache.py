@@ -23,7 +23,7 @@ from ..errors import QATError
 from ..preparation import prepared_report
 from ..support.files import read_whole
 from ..support.inputs import call
-from ..support.modes import evaluating, unchanged_tensors, uncompiled
+from ..support.modes import looking_at
 from ..tensorrt.calibrators import CACHE_HEADER
 from .fit import smallest_range
 from .result import Imported
@@ -183,7 +183,7 @@ def _observe(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[Tens
         elif not any(x is other for other in seen.setdefault(path, [])):
             seen[path].append(x.clone())
 
-    with passing(model), watching(model, look), evaluating(model), unchanged_tensors(model), torch.no_grad(), uncompiled():
+    with passing(model), watching(model, look), looking_at(model):
         call(model, example_inputs)
     if not seen:
         raise QATError("model: not prepared, or example_inputs reach no site. Run qat.prepare(model) first")

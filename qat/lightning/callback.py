@@ -2,73 +2,45 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import itertools
 import math
-import multiprocessing
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import Callback, WeightAveraging
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchmetrics import Metric, MetricCollection
 
-from ..calibration import calibrate
-from ..calibration.collect import check_data
 from ..core.config import QuantConfig
-from ..core.quantizer import State, WeightQuantizer, is_prepared, quantizers
+from ..core.quantizer import WeightQuantizer, quantizers
 from ..errors import QATError
-from ..export import export_onnx
-from ..preparation import Report, restore
-from ..support.batches import run_batch
-from ..support.inputs import call
-from ..support.modes import evaluating, keep_generators, unchanged_tensors, uncompiled
+from ..preparation import restore
+from ..support.modes import looking_at
 from ..training.batchnorm import freeze_batch_norm, reestimate_batch_norm
-from ..training.checkpoints import (
-    CHECKPOINT_KEY,
-    check_same_configs,
-    frozen_by_config,
-    frozen_in,
-    reports,
-    settings_of,
-)
-from ..training.distillation import Distillation, float_copy
-from ..training.nonfinite import first_non_finite
+from ..training.checkpoints import CHECKPOINT_KEY, check_same_configs, reports, settings_of
+from ..training.distillation import Distillation
 from ..training.oscillation import oscillation_penalty, ramp
-from ..training.ranges import (
-    clip_rates,
-    freeze_ranges,
-    frozen_ranges,
-    learned_ranges,
-    range_drift,
-    ranges_are_frozen,
-    recorded_ranges,
-    separate_ranges,
-)
-from .compatibility import check_averaging, check_compatible, check_freezable, check_order
-from .resuming import IntactCheckpointIO, freeze_stale_ranges, load_guard
-from .targets import LAYERS, layers, prepare_module
+from ..training.ranges import learned_ranges, ranges_are_frozen, recorded_ranges, separate_ranges
+from .arguments import calibration_arguments, check_calibration_data, check_choices, export_settings
+from .averages import freeze_with_averages, show_to_averages
+from .batches import calibrate_on_batches, show_batches
+from .compatibility import check_averaging, check_compatible, check_freezable, check_order, warn_of_spawned
+from .exporting import check_export, export_arguments, export_at_the_end
+from .losses import add_to_loss, distillation_of
+from .package import callback_bases, lightning_of
+from .resuming import freeze_stale_ranges, frozen_by_checkpoint, load_guard, read_intact
+from .targets import check_layers, config_for, layers, prepare_module
+from .watching import check_loss, log_ranges
 
-DEFAULT_BATCHES = 32
-# What the forward of a model raises that is run on something else than it takes.
-_ERRORS_OF_A_FORWARD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import Callback
+else:
+    # What the user's Trainer knows as a callback, and LightningCLI as a class to build.
+    Callback = type("Callback", callback_bases(), {})
 
 
 class QATCallback(Callback):
-    """Prepares, calibrates and fine-tunes: ``Trainer(callbacks=[QATCallback()])``.
+    """Prepare, calibrate and fine-tune: ``Trainer(callbacks=[QATCallback()])``.
 
     The model is prepared in ``setup`` of every stage, so that the optimizer, the strategy and every checkpoint see the
     sites. ``fit`` calibrates before the first step unless the sites have ranges already, prepared by hand or loaded
@@ -141,52 +113,37 @@ class QATCallback(Callback):
         log_ranges: Literal["summary", "sites"] | None = "summary",
         range_lr_factor: float = 1.0,
     ) -> None:
-        if log_ranges not in ("summary", "sites", None):
-            raise QATError(f"log_ranges={log_ranges!r}: choose 'summary', 'sites' or None")
-        self.log_ranges = log_ranges
-        self._ranges: dict[str, Tensor] = {}
-        self._seen: set[int] | None = None
-        for name, epoch in (("freeze_bn_epoch", freeze_bn_epoch), ("freeze_ranges_epoch", freeze_ranges_epoch)):
-            if epoch is not None and epoch < 0:
-                raise QATError(f"{name}={epoch}: must be an epoch from 0, or None never to freeze")
-        if not range_lr_factor > 0:
-            raise QATError(f"range_lr_factor={range_lr_factor}: must be above 0")
+        check_choices(
+            log_ranges=log_ranges,
+            freeze_bn_epoch=freeze_bn_epoch,
+            freeze_ranges_epoch=freeze_ranges_epoch,
+            range_lr_factor=range_lr_factor,
+            reestimate_bn=reestimate_bn,
+            distill_from=distill_from,
+            dampen_oscillations=dampen_oscillations,
+        )
+        check_calibration_data(calibration_data)
         self.config = QuantConfig.from_dict(config) if isinstance(config, Mapping) else config
         # Sub-models that are prepared already keep their other settings.
         self._only_learn_scales = config is None and learn_scales is not None
         if learn_scales is not None:
             self.config = (self.config or QuantConfig()).replace(learn_scales=learn_scales)
-        self.calibration = dict(calibration or {})
-        _check_keys("calibration", self.calibration, calibrate, ("model", "data"))
-        batches = self.calibration.get("batches")
-        if batches is not None and not (isinstance(batches, int) and batches > 0):
-            raise QATError(f"calibration: batches={batches!r}: must be a number from 1, or None for all")
-        self.export = None if export is None else dict(export) if isinstance(export, Mapping) else {"path": export}
-        if self.export is not None:
-            _check_keys("export", self.export, export_onnx, ("model",))
-            if "path" not in self.export:
-                raise QATError("export: a mapping needs 'path', the ONNX file to write")
-        if reestimate_bn is not None and reestimate_bn < 1:
-            raise QATError(f"reestimate_bn={reestimate_bn}: must be a number of batches from 1, or None")
-        self.reestimate_bn = reestimate_bn
-        if calibration_data is not None:
-            if callable(calibration_data) and not hasattr(calibration_data, "__iter__"):
-                raise QATError("calibration_data: is a function; pass a loader or a list of batches")
-            check_data(calibration_data, None)
+        self.calibration = calibration_arguments(calibration)
         self.calibration_data = calibration_data
         self.forward = forward
         self.target = (target,) if isinstance(target, str) else None if target is None else tuple(target)
         self.freeze_bn_epoch = freeze_bn_epoch
+        self.reestimate_bn = reestimate_bn
+        self.export = export_settings(export)
         self.freeze_ranges_epoch = freeze_ranges_epoch
-        self.range_lr_factor = range_lr_factor
-        if distill_from is not None and distill_from != "float" and not isinstance(distill_from, nn.Module):
-            raise QATError(f"distill_from={distill_from!r}: must be a model, or 'float' for the one before it is quantized")
         self.distill_from = distill_from
         self.distill_weight = distill_weight
         self.distill_loss = distill_loss
-        if not dampen_oscillations >= 0:
-            raise QATError(f"dampen_oscillations={dampen_oscillations}: must be at least 0, which leaves it out")
         self.dampen_oscillations = dampen_oscillations
+        self.log_ranges = log_ranges
+        self.range_lr_factor = range_lr_factor
+        self._ranges: dict[str, Tensor] = {}
+        self._seen: set[int] | None = None
         self._distillation: Distillation | None = None
         # Outlives fit, for checkpoints that are saved afterwards.
         self._fingerprint: str | None = None
@@ -206,27 +163,21 @@ class QATCallback(Callback):
                 "distill_from, dampen_oscillations: are added to the loss of automatic optimization. In a training_step that "
                 "calls manual_backward itself, add qat.distillation.Distillation.loss() and qat.oscillation_penalty() there"
             )
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            # Other plugins know the files that they write. No hook comes between the path of a checkpoint and its loading.
-            trainer.strategy.checkpoint_io = IntactCheckpointIO()
+        read_intact(trainer)
         # Layers made in this hook must exist now; Lightning requires it to work when it is called again.
-        if is_overridden("configure_model", pl_module):
+        if lightning_of(trainer).utilities.model_helpers.is_overridden("configure_model", pl_module):
             pl_module.configure_model()
         before = reports(pl_module)
         was_prepared = bool(before)
-        prepare_module(pl_module, self._config_for(before), self.target)
+        prepare_module(pl_module, config_for(before, self.config, only_learn_scales=self._only_learn_scales), self.target)
         try:
             self._check(trainer, pl_module, stage)
         except QATError:
             for path in reports(pl_module).keys() - before.keys():
                 restore(pl_module.get_submodule(path))
             raise
-        if stage == "fit" and not was_prepared and trainer.world_size > 1 and multiprocessing.parent_process() is not None:
-            # ddp_spawn, ddp_fork and ddp_notebook: back there Lightning copies the weights that it finds by name.
-            rank_zero_warn(
-                "the process that called fit gets the weights, but no ranges: there the model is not prepared. To use it after "
-                "fit, call qat.prepare on it before, or qat.load_from_checkpoint afterwards"
-            )
+        if stage == "fit" and not was_prepared:
+            warn_of_spawned(trainer)
         # LightningModule.setup comes after this hook.
         self._seen = None if was_prepared or self.target else {id(layer) for layer in layers(pl_module)}
         self._remove_load_hooks()
@@ -235,28 +186,19 @@ class QATCallback(Callback):
             pl_module.register_load_state_dict_post_hook(freeze_stale_ranges(trainer)),
         ]
 
-    def _config_for(self, found: Mapping[str, Report]) -> QuantConfig | None:
-        """The configuration to prepare with; ``None`` takes what is prepared as it is."""
-        if not found or not self._only_learn_scales:
-            return self.config
-        assert self.config is not None
-        for path, report in found.items():
-            if report.config.learn_scales != self.config.learn_scales:
-                raise QATError(
-                    f"{path or 'the LightningModule'} is prepared already, with another learn_scales: call qat.restore on it "
-                    "first, or leave learn_scales out"
-                )
-        return None
-
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """What depends on the prepared sub-models."""
+        """Refuse what does not fit the prepared sub-models."""
         if stage != "fit":
             return
         if self.distill_from is not None:
             # Before a checkpoint is loaded: the weights are those that fit begins with.
-            self._set_teacher(trainer, pl_module)
+            distillation = distillation_of(trainer, pl_module, self.distill_from, self.distill_loss)
+            if self._distillation is not None:
+                self._distillation.remove()
+            self._distillation = distillation
+            self._fingerprint = distillation.fingerprint()
         if self.export is not None:
-            self._exported(pl_module)
+            export_arguments(pl_module, self.export)
         if learned_ranges(pl_module):
             check_order(trainer, self)
 
@@ -270,56 +212,8 @@ class QATCallback(Callback):
         self._still = {}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """As ``teardown``, which is not called then: the module may be used again."""
+        """Tear down, which Lightning leaves out then: the module may be used again."""
         self.teardown(trainer, pl_module, "fit")
-
-    def _set_teacher(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        paths = list(reports(pl_module))
-        if len(paths) != 1:
-            raise QATError(f"distill_from: {len(paths)} prepared sub-models ({', '.join(paths)}): name one by target=")
-        if paths == [""] and isinstance(trainer.strategy, DDPStrategy):
-            raise QATError(
-                "distill_from: the LightningModule is prepared as a whole, and DDP calls its training_step in the place of its "
-                "forward. Put the layers into one sub-model, as self.model"
-            )
-        student = pl_module.get_submodule(paths[0])
-        teacher = self.distill_from if isinstance(self.distill_from, nn.Module) else float_copy(student)
-        if self._distillation is not None:
-            self._distillation.remove()
-        self._distillation = Distillation(student, teacher, self.distill_loss)
-        # Only in steps of training: a learning-rate finder trains without callbacks.
-        self._distillation.listening = False
-        self._fingerprint = self._distillation.fingerprint()
-
-    def _exported(self, pl_module: pl.LightningModule) -> tuple[nn.Module, dict[str, Any]]:
-        """The model to export, and the arguments: what is wrong with them must be said before training."""
-        assert self.export is not None
-        paths = list(reports(pl_module))
-        if len(paths) != 1:
-            raise QATError(f"export: {len(paths)} prepared sub-models ({', '.join(paths)}): name one by target=")
-        options = {"example_inputs": getattr(pl_module, "example_input_array", None), **self.export}
-        if options["example_inputs"] is None:
-            raise QATError(
-                "export: set example_input_array in the LightningModule, or pass export={'path': ..., 'example_inputs': ...}"
-            )
-        folder = Path(options["path"]).parent
-        if not folder.is_dir():
-            raise QATError(f"export: {folder} is no folder to write {Path(options['path']).name} into. Make it first")
-        return pl_module.get_submodule(paths[0]), options
-
-    def _check_export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Run the model on the inputs that it is to be exported with."""
-        model, options = self._exported(pl_module)
-        inputs = trainer.precision_plugin.convert_input(move_data_to_device(options["example_inputs"], pl_module.device))
-        try:
-            forward = trainer.precision_plugin.forward_context()
-            with evaluating(model), unchanged_tensors(model), isolate_rng(), torch.no_grad(), uncompiled(), forward:
-                call(model, inputs)
-        except _ERRORS_OF_A_FORWARD as error:
-            raise QATError(
-                f"export: the model cannot be run on example_inputs: {error}. Pass export={{'path': ..., 'example_inputs': "
-                "...}} with what the model itself takes, which may be other than what the LightningModule takes"
-            ) from error
 
     def _remove_load_hooks(self) -> None:
         for hook in self._load_hooks:
@@ -347,17 +241,9 @@ class QATCallback(Callback):
                 "the same float weights as then, or pass that model"
             )
         ranges = checkpoint.get(CHECKPOINT_KEY, {}).get("first_ranges", {})
-        self._ranges = move_data_to_device(dict(ranges), pl_module.device)
+        self._ranges = lightning_of(trainer).utilities.move_data_to_device(dict(ranges), pl_module.device)
         # The weights and ranges are loaded already.
-        frozen = frozen_in(checkpoint.get(CHECKPOINT_KEY, {}), pl_module)
-        if trainer.training:
-            more = sorted(frozen_ranges(pl_module) - frozen_by_config(pl_module) - frozen)
-            if more and CHECKPOINT_KEY in checkpoint:
-                raise QATError(
-                    f"{more[0]}: its range is frozen here, and moved when the checkpoint was saved. Build the LightningModule "
-                    "anew to resume from it"
-                )
-        _freeze_all(trainer, pl_module, refresh=False, sites=frozen)
+        freeze_with_averages(trainer, pl_module, refresh=False, sites=frozen_by_checkpoint(trainer, pl_module, checkpoint))
 
     # Training
 
@@ -370,13 +256,14 @@ class QATCallback(Callback):
         if self._distillation is not None:
             teacher = self._distillation.teacher.to(pl_module.device)
             self._distillation.teacher = trainer.precision_plugin.convert_module(teacher)
-        self._check_layers(pl_module)
+        if self._seen is not None:
+            check_layers(pl_module, self._seen)
         if self.export is not None:
-            self._check_export(trainer, pl_module)
+            check_export(trainer, pl_module, self.export)
         lost = self._separate_ranges(trainer, pl_module)
         check_averaging(trainer)
         if lost:
-            rank_zero_warn(
+            lightning_of(trainer).utilities.rank_zero_warn(
                 f"no optimizer has the learned ranges of {len(lost)} sites, so they stay: {', '.join(lost[:3])}, ..."
             )
         models = [pl_module.get_submodule(path) for path in reports(pl_module)]
@@ -386,85 +273,25 @@ class QATCallback(Callback):
         # Outside isolate_rng: the loader built here is the one that training uses, and draws what it would have drawn.
         trainer.fit_loop.setup_data()
         # All, or those that nobody has calibrated before; at once, as the data may be there only once.
-        self._calibrate(trainer, pl_module, pl_module if left == models else nn.ModuleList(left))
-        _show_to_averages(trainer, pl_module)
+        calibrate_on_batches(
+            trainer,
+            pl_module,
+            pl_module if left == models else nn.ModuleList(left),
+            options=self.calibration,
+            data=self.calibration_data,
+            forward=self.forward,
+        )
+        show_to_averages(trainer, pl_module)
 
     def _separate_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         schedulers = [entry.scheduler for entry in trainer.lr_scheduler_configs]
         return separate_ranges(pl_module, trainer.optimizers, schedulers, lr_factor=self.range_lr_factor)
 
-    def _check_layers(self, pl_module: pl.LightningModule) -> None:
-        if self._seen is None:
-            return
-        measures = [m for m in pl_module.modules() if isinstance(m, Metric | MetricCollection)]
-        apart = {id(inner) for measure in measures for inner in measure.modules()}
-        late = [
-            path
-            for path, module in pl_module.named_modules()
-            if isinstance(module, LAYERS)
-            and id(module) not in self._seen | apart
-            and any(p.requires_grad for p in module.parameters())
-        ]
-        if late:
-            raise QATError(
-                f"{late[0]} was made in LightningModule.setup, which comes after the sites and the head were chosen. Build the "
-                "layers in __init__ or configure_model, or name the sub-model to quantize: QATCallback(target=...)"
-            )
-
-    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
-        options = dict(self.calibration)
-        limit = trainer.num_training_batches if self.calibration_data is None else DEFAULT_BATCHES
-        batches = options.pop("batches", int(min(DEFAULT_BATCHES, limit)))
-        options.setdefault("progress", trainer.progress_bar_callback is not None)
-        shown = 0
-
-        def show(module: nn.Module) -> None:
-            nonlocal shown
-            shown = self._show(trainer, pl_module, batches, self.calibration_data)
-
-        calibrate(model, show, **options)
-        if "batches" in self.calibration and batches is not None and shown < batches:
-            rank_zero_warn(f"calibration: the loader ended after {shown} of {batches} batches")
-
-    def _show(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int | None, data: Any = None) -> int:
-        """Run the module on the first batches of the training data, or other data, which draw no random numbers by that.
-
-        Returns:
-            How many there were.
-        """
-        if data is None:
-            data = CombinedLoader(trainer.train_dataloader, "min_size")
-            # Persistent workers have one iterator, which training may have begun.
-            data.flattened = [_own_iterator(loader) for loader in data.flattened]
-        combined = isinstance(data, CombinedLoader)
-        count = 0
-        with isolate_rng(), keep_generators(data.flattened if combined else [data]), uncompiled():
-            shown = (batch for batch, *_ in iter(data)) if combined else iter(data)
-            for batch in itertools.islice(shown, batches):
-                # In the order of Lightning's own loop.
-                batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
-                self._run(trainer, pl_module, trainer.strategy.batch_to_device(batch))
-                count += 1
-        return count
-
-    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
-        """Run the module on a batch as its steps see it, which is behind the hooks of the transfer to a device."""
-        with trainer.precision_plugin.forward_context():
-            if self.forward is not None:
-                return self.forward(pl_module, batch)
-            try:
-                return run_module(pl_module, batch)
-            except _ERRORS_OF_A_FORWARD as error:
-                raise QATError(
-                    f"{type(pl_module).__name__} cannot be run on a batch as its first element: {error}. "
-                    "Pass QATCallback(forward=lambda module, batch: ...)"
-                ) from error
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freeze what is due when training starts or resumes in the middle of an epoch."""
         if self.log_ranges is not None and not self._ranges:
             self._ranges = recorded_ranges(pl_module)
-        self._ranges = move_data_to_device(self._ranges, pl_module.device)
+        self._ranges = lightning_of(trainer).utilities.move_data_to_device(self._ranges, pl_module.device)
         if self.dampen_oscillations and not 0 < trainer.estimated_stepping_batches < math.inf:
             raise QATError(
                 "dampen_oscillations: grows towards the last step, and the loader or the trainer does not say how many steps "
@@ -490,7 +317,7 @@ class QATCallback(Callback):
                 self._still |= {f"{path}.{name}".strip("."): part.get_submodule(name) for name in freeze_batch_norm(part)}
         due = self.freeze_ranges_epoch is not None and trainer.current_epoch >= self.freeze_ranges_epoch
         if due and not ranges_are_frozen(pl_module):
-            _freeze_all(trainer, pl_module, refresh=True)
+            freeze_with_averages(trainer, pl_module, refresh=True)
 
     # Further terms of the loss
 
@@ -500,32 +327,17 @@ class QATCallback(Callback):
             with trainer.precision_plugin.forward_context():
                 distance = self._distillation.loss()
             pl_module.log("distillation", distance.detach())
-            _add_to_loss(trainer, pl_module, loss, self.distill_weight * distance)
+            add_to_loss(trainer, pl_module, loss, self.distill_weight * distance)
         if self.dampen_oscillations:
             penalty = oscillation_penalty(pl_module)
             pl_module.log("oscillation_penalty", penalty.detach())
             factor = self.dampen_oscillations * ramp(trainer.global_step / trainer.estimated_stepping_batches)
-            _add_to_loss(trainer, pl_module, loss, factor * penalty)
+            add_to_loss(trainer, pl_module, loss, factor * penalty)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export: behind ``on_train_end``, where averaged weights are put in."""
-        if self.export is None:
-            return
-        if trainer.is_global_zero:
-            model, options = self._exported(pl_module)
-            inputs = move_data_to_device(options.pop("example_inputs"), pl_module.device)
-            if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-                # Of bf16-true: files are float32 between Q/DQ.
-                model = copy.deepcopy(model).float()
-            if trainer.fast_dev_run:  # type: ignore[attr-defined]
-                # Lightning keeps no checkpoints then, and a good file may be there.
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / Path(options.pop("path")).name
-                    export_onnx(model, path, example_inputs=inputs, **options)
-                rank_zero_info("fast_dev_run: the export works; its file is not kept")
-            else:
-                export_onnx(model, example_inputs=inputs, **options)
-        trainer.strategy.barrier("qat.export")
+        if self.export is not None:
+            export_at_the_end(trainer, pl_module, self.export)
 
     # Non-finite losses
 
@@ -547,39 +359,12 @@ class QATCallback(Callback):
             return
         if self.reestimate_bn is not None:
             prepared = nn.ModuleList(pl_module.get_submodule(path) for path in reports(pl_module))
-            with evaluating(pl_module):
-                reestimate_batch_norm(prepared, lambda _: self._show(trainer, pl_module, self.reestimate_bn))
+            with looking_at(pl_module, keep_tensors=False):
+                reestimate_batch_norm(
+                    prepared, lambda _: show_batches(trainer, pl_module, self.reestimate_bn, forward=self.forward)
+                )
         if self.log_ranges is not None:
-            self._log_ranges(trainer, pl_module, batch)
-
-    def _log_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        rates: dict[str, float] = {}
-        try:
-            with evaluating(pl_module), unchanged_tensors(pl_module), isolate_rng(), uncompiled():
-                rates = clip_rates(pl_module, lambda module: self._run(trainer, pl_module, batch))
-        except _ERRORS_OF_A_FORWARD as error:
-            # Nobody has run the module on a batch before if it was calibrated by hand.
-            rank_zero_warn(
-                f"log_ranges: no clip rates, as the model cannot be run on a batch: {error} Or pass QATCallback(forward=...)"
-            )
-        mean = sum(rates.values()) / len(rates) if rates else math.nan
-        if trainer.world_size > 1:
-            # Processes that log other values would wait for each other: data may not reach a site, or not run.
-            paths = [path for path, site in quantizers(pl_module) if site.state is State.QUANTIZING]
-            rates = {path: rates.get(path, math.nan) for path in paths}
-        found = {"clip_rate": rates, "range_drift": range_drift(pl_module, self._ranges)}
-        values = {
-            f"qat/{kind}/max": max((v for v in of.values() if not math.isnan(v)), default=math.nan)
-            for kind, of in found.items()
-            if of
-        }
-        if rates:
-            values["qat/clip_rate/mean"] = mean
-        if self.log_ranges == "sites":
-            found["range"] = {path: float(amax.max()) for path, amax in recorded_ranges(pl_module).items()}
-            values |= {f"qat/{kind}/{path}": value for kind, of in found.items() for path, value in of.items()}
-        # Each process has its own last batch.
-        pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+            log_ranges(trainer, pl_module, batch, first=self._ranges, of=self.log_ranges, forward=self.forward)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the last loss before a checkpoint of it can be kept as the best."""
@@ -594,95 +379,14 @@ class QATCallback(Callback):
             return
         loss, batch = self._last_step
         self._last_step = None
-        if not isinstance(loss, Tensor) or bool(loss.isfinite().all()):
-            return
-        try:
-            with isolate_rng():
-                site = first_non_finite(pl_module, lambda module: self._run(trainer, pl_module, batch))
-            found = f"first seen by {site}" if site else "every site saw finite values only: look at what follows the last one"
-        except _ERRORS_OF_A_FORWARD as error:
-            found = f"by which site first is not known ({error})"
-        raise QATError(
-            f"the training loss is {loss.mean().item()} in epoch {trainer.current_epoch}, {found}. "
-            "A NaN in an input comes from the data or the layer before; in a weight, lower the learning rate"
-        )
-
-
-def _add_to_loss(trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor, term: Tensor) -> None:
-    """Add a term to the loss that is about to be differentiated, in place."""
-    # Lightning has divided and scaled the loss already.
-    if pl_module.automatic_optimization:
-        term = term / trainer.accumulate_grad_batches
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    loss.add_((term if scaler is None else scaler.scale(term)).to(loss.dtype))
-
-
-def _check_keys(argument: str, given: Mapping[str, Any], function: Callable[..., Any], besides: tuple[str, ...]) -> None:
-    known = [name for name in inspect.signature(function).parameters if name not in besides]
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise QATError(f"{argument}: unknown key {unknown[0]!r}; known keys: {', '.join(known)}")
+        check_loss(trainer, pl_module, loss, batch, forward=self.forward)
 
 
 def _has_ranges(model: nn.Module) -> bool:
     return any(site.has_range for _, site in quantizers(model) if not isinstance(site, WeightQuantizer))
 
 
-def _averages(trainer: pl.Trainer) -> list[nn.Module]:
-    """The copies of the LightningModule that weight averaging has made."""
-    found = [c._average_model for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
-    return [average.module for average in found if average is not None]
-
-
-def _show_to_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Give the ranges to the copies that were made before calibration: validation may run them before an update."""
-    for average in _averages(trainer):
-        for (_, site), (_, twin) in zip(quantizers(pl_module), quantizers(average), strict=True):
-            twin.amax.data.copy_(site.amax.data)
-            # Its state dicts then hold ranges of its own weights.
-            twin.state = site.state
-
-
-def _freeze_all(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, *, refresh: bool, sites: Collection[str] | None = None
-) -> None:
-    """Freeze ranges of the module, and of averages as they are."""
-    freeze_ranges(pl_module, refresh=refresh, sites=sites)
-    for average in _averages(trainer):
-        freeze_ranges(average, refresh=False, sites=sites)
-
-
-def _own_iterator(loader: Any) -> Any:
-    """The loader, so that iterating over it takes nothing from training."""
-    if isinstance(loader, Iterator) or isinstance(getattr(loader, "dataset", None), Iterator):
-        raise QATError(
-            "the training data can be read only once, and calibration would take some of them. Pass "
-            "QATCallback(calibration_data=...)"
-        )
-    if not isinstance(loader, DataLoader) or not loader.persistent_workers:
-        return loader
-    loader = copy.copy(loader)
-    loader._iterator = None
-    return loader
-
-
 def ranges_to_float32(model: nn.Module) -> None:
     """Bring every range back to float32, in place: ``Trainer(precision="bf16-true")`` casts all floating tensors."""
     for _, site in quantizers(model):
         site.amax.data = site.amax.data.to(torch.float32)
-
-
-def run_module(pl_module: pl.LightningModule, batch: Any) -> None:
-    """Run a LightningModule on one batch as :func:`qat.calibrate` runs a model: with its first element.
-
-    Raises:
-        QATError: When the module has no ``forward`` and more than one prepared sub-model, or for a batch that does not say
-            what the model takes.
-    """
-    models: list[nn.Module] = [pl_module]
-    if not is_overridden("forward", pl_module):
-        models = [child for child in pl_module.children() if is_prepared(child)]
-    if len(models) != 1:
-        name = type(pl_module).__name__
-        raise QATError(f"{name} has no forward and {len(models)} prepared sub-models: pass QATCallback(forward=...)")
-    run_batch(models[0], batch, None)

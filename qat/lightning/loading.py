@@ -6,9 +6,8 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import lightning.pytorch as pl
 import torch
 
 from ..core.config import QuantConfig
@@ -19,7 +18,10 @@ from ..training.checkpoints import CHECKPOINT_KEY, changed_settings, frozen_in, 
 from ..training.ranges import freeze_ranges, stale_ranges
 from .targets import prepare_module
 
-Module = TypeVar("Module", bound=pl.LightningModule)
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+Module = TypeVar("Module", bound="pl.LightningModule")
 
 
 def load_from_checkpoint(
@@ -86,7 +88,7 @@ def load_from_checkpoint(
             prepare_module(self, given)
         self.on_load_checkpoint(checkpoint)
 
-    saved_arguments = checkpoint.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY)
+    saved_arguments = checkpoint.get(module_class.CHECKPOINT_HYPER_PARAMS_KEY)
     takes_any = inspect.getfullargspec(module_class.__init__).varkw is not None
     if isinstance(saved_arguments, Mapping) and "_class_path" in saved_arguments and not takes_any:
         # The subclass that LightningCLI was told to train. Lightning does not pass it to a class that has no argument for it,

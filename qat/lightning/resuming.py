@@ -1,34 +1,66 @@
-"""What happens when a Trainer loads a checkpoint: before callbacks see it, Lightning has loaded the weights."""
+"""Loading a checkpoint into a Trainer: before callbacks see it, Lightning has loaded the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from ..core.quantizer import Quantizer
 from ..errors import QATError
 from ..support.tensor_files import check_intact
-from ..training.checkpoints import CHECKPOINT_KEY, check_same_configs, is_site_key
-from ..training.ranges import freeze_ranges, stale_ranges
+from ..training.checkpoints import CHECKPOINT_KEY, check_same_configs, frozen_by_config, frozen_in, is_site_key
+from ..training.ranges import freeze_ranges, frozen_ranges, stale_ranges
+from .package import lightning_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
-class IntactCheckpointIO(TorchCheckpointIO):
-    """Lightning's own reading and writing of checkpoints, with a name for those that are damaged."""
+class IntactCheckpointIO:
+    """Reading and writing of checkpoints by another plugin, with a name for those that are damaged.
+
+    Args:
+        plugin: Lightning's own ``TorchCheckpointIO``.
+    """
+
+    def __init__(self, plugin: Any) -> None:
+        self.plugin = plugin
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As its base.
+        """Read by the plugin.
 
         Raises:
             QATError: For a local file that :func:`~qat.support.tensor_files.check_intact` refuses.
         """
         if Path(path).is_file():
             check_intact(path)
-        return super().load_checkpoint(path, *args, **kwargs)
+        return self.plugin.load_checkpoint(path, *args, **kwargs)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write by the plugin."""
+        self.plugin.save_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove by the plugin."""
+        self.plugin.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """Close the plugin."""
+        self.plugin.teardown()
+
+
+def read_intact(trainer: pl.Trainer) -> None:
+    """Let the trainer refuse damaged checkpoints by name.
+
+    Other plugins than Lightning's own know the files that they write. No hook comes between the path of a checkpoint and its
+    loading.
+    """
+    strategy: Any = trainer.strategy
+    if type(strategy.checkpoint_io) is lightning_of(trainer).plugins.io.TorchCheckpointIO:
+        strategy.checkpoint_io = IntactCheckpointIO(strategy.checkpoint_io)
 
 
 def freeze_stale_ranges(trainer: pl.Trainer) -> Callable[..., None]:
@@ -40,6 +72,23 @@ def freeze_stale_ranges(trainer: pl.Trainer) -> Callable[..., None]:
             freeze_ranges(module, refresh=False, sites=stale_ranges(module))
 
     return freeze
+
+
+def frozen_by_checkpoint(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> set[str]:
+    """The sites whose ranges were frozen when a checkpoint was saved.
+
+    Raises:
+        QATError: In training, if others are frozen here: nothing sets a range free again.
+    """
+    frozen = set(frozen_in(checkpoint.get(CHECKPOINT_KEY, {}), pl_module))
+    if trainer.training and CHECKPOINT_KEY in checkpoint:
+        more = sorted(frozen_ranges(pl_module) - frozen_by_config(pl_module) - frozen)
+        if more:
+            raise QATError(
+                f"{more[0]}: its range is frozen here, and moved when the checkpoint was saved. Build the LightningModule "
+                "anew to resume from it"
+            )
+    return frozen
 
 
 def load_guard(trainer: pl.Trainer) -> Callable[..., None]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
@@ -15,6 +14,10 @@ from ..nn.attention import QuantAttention
 from ..nn.layers import QUANTIZABLE
 from ..preparation import Report, prepare, restore
 from ..training.checkpoints import changed_settings, reports
+from .package import lightning_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 LAYERS = (*QUANTIZABLE, nn.MultiheadAttention, QuantAttention)
 
@@ -90,7 +93,7 @@ def _find_targets(pl_module: pl.LightningModule, config: QuantConfig) -> tuple[d
     trained = {n: m for n, m in with_layers.items() if any(p.requires_grad for p in m.parameters())} or with_layers
     if len(trained) == 1 and not isinstance(next(iter(trained.values())), LAYERS):
         return trained, config
-    if not is_overridden("forward", pl_module):
+    if not lightning_of(pl_module).utilities.model_helpers.is_overridden("forward", pl_module):
         models = {name: module for name, module in trained.items() if not isinstance(module, LAYERS)}
         if not models:
             raise QATError(
@@ -110,3 +113,53 @@ def _has_layers(module: nn.Module) -> bool:
 def layers(model: nn.Module) -> Iterator[nn.Module]:
     """The layers that may become quantized, or are."""
     return (module for module in model.modules() if isinstance(module, LAYERS))
+
+
+def config_for(found: Mapping[str, Report], config: QuantConfig | None, *, only_learn_scales: bool) -> QuantConfig | None:
+    """The configuration to prepare with; ``None`` takes what is prepared as it is.
+
+    Args:
+        found: The reports of sub-models that are prepared already.
+        config: The configuration that was asked for.
+        only_learn_scales: Whether nothing but its ``learn_scales`` was asked for, and the rest are defaults.
+
+    Raises:
+        QATError: For a sub-model that is prepared with another ``learn_scales``.
+    """
+    if not found or not only_learn_scales:
+        return config
+    assert config is not None
+    for path, report in found.items():
+        if report.config.learn_scales != config.learn_scales:
+            raise QATError(
+                f"{path or 'the LightningModule'} is prepared already, with another learn_scales: call qat.restore on it "
+                "first, or leave learn_scales out"
+            )
+    return None
+
+
+def check_layers(pl_module: pl.LightningModule, seen: Collection[int]) -> None:
+    """Refuse layers that train and were made too late.
+
+    Args:
+        pl_module: The module, prepared.
+        seen: The ``id`` of every layer that there was when it was prepared.
+
+    Raises:
+        QATError: For a layer that is not among them.
+    """
+    measures = [m for m in pl_module.modules() if isinstance(m, Metric | MetricCollection)]
+    apart = {id(inner) for measure in measures for inner in measure.modules()}
+    late = [
+        path
+        for path, module in pl_module.named_modules()
+        if isinstance(module, LAYERS)
+        and id(module) not in seen
+        and id(module) not in apart
+        and any(p.requires_grad for p in module.parameters())
+    ]
+    if late:
+        raise QATError(
+            f"{late[0]} was made in LightningModule.setup, which comes after the sites and the head were chosen. Build the "
+            "layers in __init__ or configure_model, or name the sub-model to quantize: QATCallback(target=...)"
+        )

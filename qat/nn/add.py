@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.kernels import fake_quantize_add
 from ..core.quantizer import Quantizer
+from ..support.modes import assigned
 
 
 class Add(nn.Module):
@@ -79,3 +81,8 @@ class QuantAdd(Add):
 
     def extra_repr(self) -> str:
         return f"fusable={('a', 'b')[self.fusable] if self.fusable is not None else None}"
+
+
+def fusing_adds(model: nn.Module, fuse: bool) -> AbstractContextManager[None]:
+    """While this lasts, every addition leaves the input that TensorRT can fuse in high precision, or none does."""
+    return assigned([module for module in model.modules() if isinstance(module, QuantAdd)], "fuse", fuse)

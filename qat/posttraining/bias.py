@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from ..errors import QATError
 from ..nn.layers import CONVS, CONVS_TRANSPOSED
-from ..support.text import Printed
-from .passes import Passes, clipping_only, listen, progress_bar, unchanged_on_failure
+from ..support.modes import hooked
+from .passes import Passes, WalkResult, clipping_only, listen, walking
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class CorrectedBias:
 
 
 @dataclass(frozen=True)
-class BiasCorrection(Printed):
+class BiasCorrection(WalkResult[CorrectedBias]):
     """Result of :func:`correct_biases`; prints as a table.
 
     Attributes:
@@ -42,20 +41,12 @@ class BiasCorrection(Printed):
         left: Why a quantized layer was not, by its path.
     """
 
-    layers: tuple[CorrectedBias, ...]
-    left: dict[str, str]
+    _title = "Bias correction"
+    _texts = ("layer", "corrected in")
+    _numbers = ("shift / standard deviation",)
 
-    def __rich__(self) -> Table:
-        table = Table(title="Bias correction")
-        for column in ("layer", "corrected in"):
-            table.add_column(column, overflow="fold")
-        table.add_column("shift / standard deviation", justify="right")
-        for item in self.layers:
-            ratio = f"{item.shift / item.spread:.2%}" if item.spread else "-"
-            table.add_row(item.path, item.where, ratio)
-        for path, why in self.left.items():
-            table.add_row(path, why, "")
-        return table
+    def _cells(self, layer: CorrectedBias) -> tuple[str, ...]:
+        return layer.path, layer.where, f"{layer.shift / layer.spread:.2%}" if layer.spread else "-"
 
 
 def correct_biases(
@@ -94,8 +85,9 @@ def correct_biases(
     with clipping_only(model):
         _listen_all(passes, model, moments)
     done = []
-    with unchanged_on_failure(t for _, t in targets.values()), progress_bar(progress) as bar:
-        for path, (where, target) in bar.track(targets.items(), description="Correcting biases"):
+    held = [target for _, target in targets.values()]
+    with walking(targets, "Correcting biases", held=held, progress=progress) as walk:
+        for path, (where, target) in walk:
             found = _Moments(model.get_submodule(path))
             _listen_all(passes, model, {path: found}, until=path)
             shift = found.mean - moments[path].mean
@@ -150,13 +142,9 @@ class _Moments:
 
 
 def _listen_all(passes: Passes, model: nn.Module, moments: dict[str, _Moments], *, until: str | None = None) -> None:
-    handles = [listen(model.get_submodule(path), item.add) for path, item in moments.items()]
-    try:
+    with hooked(listen(model.get_submodule(path), item.add) for path, item in moments.items()):
         for _ in passes.each(model, until=until):
             pass
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _rms(x: Tensor) -> float:

@@ -16,9 +16,10 @@ from ..errors import QATError
 from ..nn.layers import is_conv_transposed, is_quantizable
 from ..preparation.check import check_model
 from ..support.inputs import call, output_tensors
-from ..support.modes import evaluating, unchanged_tensors, uncompiled
+from ..support.modes import hooked, looking_at, unchanged_tensors
 from ..support.text import Printed
 from .passes import unchanged_on_failure
+from .scaling import Pair, Rows
 from .wiring import Wiring, observe_wiring
 
 # Powers of two scale floats exactly. Large ones push activations past any bound that a clipping function could have.
@@ -26,8 +27,6 @@ _TRIAL_EXPONENT = 16
 _SWEEPS = 20
 # Largest logarithm of a scale in the last sweep.
 _CONVERGED = 1e-2
-# A channel smaller than this part of the largest one adds nothing in float32; to scale it up would only blow up its bias.
-_DEAD = 2.0**-24
 
 Outputs = dict[str, list[Tensor]]
 
@@ -151,7 +150,7 @@ def equalize(model: nn.Module, example_inputs: Any) -> Equalization:
     if half is not None:
         raise QATError(f"{half}: is in half precision, in which trial scales overflow. Equalize in float32, then convert")
     wiring = observe_wiring(model, lambda m: call(m, example_inputs))
-    with evaluating(model), switched_off(model), uncompiled(), torch.no_grad():
+    with looking_at(model, keep_tensors=False), switched_off(model):
         reference = _outputs(model, example_inputs)
         if not _equal(_outputs(model, example_inputs), reference, set()):
             raise QATError(
@@ -167,125 +166,20 @@ def equalize(model: nn.Module, example_inputs: Any) -> Equalization:
             difference = _difference(_outputs(model, example_inputs)[""], reference[""])
     pairs, rows = [], []
     for scaling, ratio in zip(scalings, before, strict=True):
-        if isinstance(scaling, _Pair):
+        if isinstance(scaling, Pair):
             pairs.append(EqualizedPair(*scaling.paths, ratio, scaling.ratio()))
         else:
             rows.append(EqualizedRows(*scaling.paths, ratio, scaling.ratio()))
     scaled = {pair.second for pair in pairs}
     for scaling in candidates:
-        if isinstance(scaling, _Pair) and scaling.paths[2] not in scaled:
+        if isinstance(scaling, Pair) and scaling.paths[2] not in scaled:
             left[scaling.paths[2]] = f"scaling what it reads of {scaling.paths[0]} changes the outputs"
     return Equalization(tuple(pairs), tuple(rows), left, difference)
 
 
-class _Rows:
-    """A layer, and the batch normalization that undoes a scale of its output channels."""
-
-    def __init__(self, model: nn.Module, layer: str, norm: str) -> None:
-        self.paths = (layer, norm)
-        self.layer: Any = _layer(model, layer)
-        self.norm: Any = _layer(model, norm)
-        bias = self.layer.bias
-        self._scaled: list[Tensor] = [self.layer.weight, *([] if bias is None else [bias])]
-        self.tensors: list[Tensor] = [*self._scaled, self.norm.running_mean, self.norm.running_var, self.norm.weight]
-        self.changed = layer
-
-    def try_scale(self, scale: Tensor) -> None:
-        """Exact for powers of two: the variance with its ``eps`` stays, the normalization's weight is divided instead."""
-        for t in (*self._scaled, self.norm.running_mean):
-            _multiply(t, scale)
-        _multiply(self.norm.weight, 1 / scale)
-
-    def step(self) -> None:
-        """Give all channels the range of the largest."""
-        ranges = _row_ranges(self.layer)
-        scale = torch.where(_alive(ranges), ranges.max() / ranges, 1.0)
-        deviation = self._deviation()
-        for t in (*self._scaled, self.norm.running_mean):
-            _multiply(t, scale)
-        _multiply(self.norm.running_var, scale.square())
-        _multiply(self.norm.weight, self._deviation() / (deviation * scale))
-
-    def ratio(self) -> float:
-        return _ratio(_row_ranges(self.layer))
-
-    def _deviation(self) -> Tensor:
-        return (self.norm.running_var.double() + self.norm.eps).sqrt()
-
-
-class _Pair:
-    """Two layers, and the channels between them."""
-
-    def __init__(self, model: nn.Module, first: str, norm: str, second: str) -> None:
-        self.paths = (first, norm, second)
-        self.first: Any = _layer(model, first)
-        self.second: Any = _layer(model, second)
-        self.norm: Any = _layer(model, norm) if norm else None
-        owner: Any = self.norm if norm else self.first
-        self._divided: list[Tensor] = [t for t in (owner.weight, owner.bias) if t is not None]
-        self.tensors: list[Tensor] = [*self._divided, self.second.weight]
-        self.changed = "" if norm else first
-
-    def try_scale(self, scale: Tensor) -> None:
-        """Divide the first layer's output by ``scale``, multiply the second's input channels by it."""
-        for t in self._divided:
-            _multiply(t, 1 / scale)
-        weight = self._columns()
-        weight.copy_(weight.double() * scale.reshape(weight.shape[0], 1, -1, 1))
-
-    def step(self) -> float:
-        """Make the ranges on both sides equal (equation 11); returns the largest logarithm of a scale."""
-        first, second = self._first_ranges(), self._second_ranges()
-        scale = torch.where(_alive(first) & _alive(second), (first / second).sqrt(), 1.0)
-        self.try_scale(scale)
-        return scale.log().abs().max().item()
-
-    def ratio(self) -> float:
-        return _ratio(self._second_ranges())
-
-    def _columns(self) -> Tensor:
-        """A view of the second weight, shape ``(groups, C_out / groups, channels / groups, rest)``.
-
-        A linear layer may read several features of a channel: those of a flattened image.
-        """
-        groups, weight = getattr(self.second, "groups", 1), self.second.weight
-        return weight.view(groups, weight.shape[0] // groups, self.first.weight.shape[0] // groups, -1)
-
-    def _second_ranges(self) -> Tensor:
-        return self._columns().abs().amax((1, 3)).flatten().double()
-
-    def _first_ranges(self) -> Tensor:
-        ranges = _row_ranges(self.first)
-        if self.norm is not None:
-            ranges = ranges * (self.norm.weight.double() / (self.norm.running_var.double() + self.norm.eps).sqrt()).abs()
-        return ranges
-
-
-def _layer(model: nn.Module, path: str) -> Any:
-    return model.get_submodule(path)
-
-
-def _multiply(t: Tensor, scale: Tensor) -> None:
-    """Multiply along the first dimension, in place, rounding once."""
-    t.copy_(t.double() * scale.reshape(-1, *[1] * (t.ndim - 1)))
-
-
-def _row_ranges(layer: Any) -> Tensor:
-    return layer.weight.abs().flatten(1).amax(1).double()
-
-
-def _alive(ranges: Tensor) -> Tensor:
-    return ranges > _DEAD * ranges.max()
-
-
-def _ratio(ranges: Tensor) -> float:
-    alive = ranges[_alive(ranges)]
-    return (alive.max() / alive.min()).item() if len(alive) else 1.0
-
-
-def _candidates(model: nn.Module, wiring: Wiring) -> tuple[list[_Rows | _Pair], dict[str, str]]:
+def _candidates(model: nn.Module, wiring: Wiring) -> tuple[list[Rows | Pair], dict[str, str]]:
     """All scalings that the wiring suggests, and why other readers are left."""
-    found: list[_Rows | _Pair] = []
+    found: list[Rows | Pair] = []
     left: dict[str, str] = {}
     norms = {path: norm for path, norm in wiring.norms.items() if _has_parameters(model.get_submodule(norm))}
     readers: dict[str, list[str]] = {}
@@ -299,11 +193,11 @@ def _candidates(model: nn.Module, wiring: Wiring) -> tuple[list[_Rows | _Pair], 
         if why:
             left[second] = why
         else:
-            found.append(_Pair(model, first, norms.get(first, ""), second))
+            found.append(Pair(model, first, norms.get(first, ""), second))
     for path, norm in norms.items():
         layer = model.get_submodule(path)
         if not is_conv_transposed(layer) and not parametrize.is_parametrized(layer):
-            found.append(_Rows(model, path, norm))
+            found.append(Rows(model, path, norm))
     return found, left
 
 
@@ -340,13 +234,9 @@ def _outputs(model: nn.Module, inputs: Any) -> Outputs:
         # A copy: an activation may work in place.
         return lambda module, args, out: found.setdefault(path, []).append(out.clone())
 
-    handles = [m.register_forward_hook(keep(path)) for path, m in model.named_modules() if is_quantizable(m)]
-    try:
-        with unchanged_tensors(model):
-            out = call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = [(path, m) for path, m in model.named_modules() if is_quantizable(m)]
+    with hooked(m.register_forward_hook(keep(path)) for path, m in layers), unchanged_tensors(model):
+        out = call(model, inputs)
     found[""] = found.get("", []) + [t.clone() for t in output_tensors(out)]
     return found
 
@@ -359,7 +249,7 @@ def _equal(found: Outputs, wanted: Outputs, besides: set[str]) -> bool:
     )
 
 
-def _invariant(model: nn.Module, scalings: Sequence[_Rows | _Pair], inputs: Any, reference: Outputs) -> list[_Rows | _Pair]:
+def _invariant(model: nn.Module, scalings: Sequence[Rows | Pair], inputs: Any, reference: Outputs) -> list[Rows | Pair]:
     """Those scalings that leave all outputs as they are, found by trying all at once, then halves of what failed."""
     if not scalings:
         return []
@@ -385,14 +275,14 @@ def _invariant(model: nn.Module, scalings: Sequence[_Rows | _Pair], inputs: Any,
     return [kept for part in (scalings[:half], scalings[half:]) for kept in _invariant(model, part, inputs, reference)]
 
 
-def _sweep(scalings: Sequence[_Rows | _Pair]) -> None:
-    pairs = [scaling for scaling in scalings if isinstance(scaling, _Pair)]
+def _sweep(scalings: Sequence[Rows | Pair]) -> None:
+    pairs = [scaling for scaling in scalings if isinstance(scaling, Pair)]
     for _ in range(_SWEEPS):
         if max((pair.step() for pair in pairs), default=0.0) < _CONVERGED:
             break
     # Afterwards: a pair changes the rows of its second layer.
     for scaling in scalings:
-        if isinstance(scaling, _Rows):
+        if isinstance(scaling, Rows):
             scaling.step()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -19,8 +21,12 @@ from ..nn.attention import QuantAttention
 from ..nn.layers import QuantLayer
 from ..preparation.check import check_model
 from ..support.batches import run_batch
-from ..support.modes import evaluating, isolated_random, keep_generators, unchanged_tensors, uncompiled
+from ..support.modes import hooked, isolated_random, keep_generators, looking_at
+from ..support.progress import progress_bar
+from ..support.text import Printed
 from .wiring import Wiring, observe_wiring
+
+Layer = TypeVar("Layer")
 
 
 class _Reached(Exception):
@@ -89,7 +95,7 @@ class Passes:
     def run(self, model: nn.Module, batch: Any) -> None:
         """Run ``model`` on one batch, in evaluation mode and without gradients."""
         tensor = next(chain(model.parameters(), model.buffers()), None)
-        with evaluating(model), unchanged_tensors(model), torch.no_grad(), uncompiled():
+        with looking_at(model):
             # A copy, as a model may change its input in place, and others are to see the same.
             run_batch(model, tree_map_only(Tensor, Tensor.clone, batch), None if tensor is None else tensor.device)
 
@@ -127,13 +133,8 @@ def _stopping(model: nn.Module, path: str | None, wiring: Wiring) -> Iterator[No
         raise _Reached
 
     # Hooks run in the order in which they were registered: whoever listens does so before.
-    handle = model.get_submodule(path).register_forward_hook(stop)
-    try:
+    with hooked([model.get_submodule(path).register_forward_hook(stop)]), suppress(_Reached):
         yield
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
 
 
 def _check_calibrated(model: nn.Module) -> None:
@@ -179,16 +180,47 @@ def clipping_only(model: nn.Module) -> Iterator[None]:
         return x.float().clamp(scale * site.fmt.qmin, scale * site.fmt.qmax).to(x.dtype)
 
     sites = [site for _, site in quantizers(model) if not isinstance(site, WeightQuantizer) and site.state is State.QUANTIZING]
-    with passing(model):
-        handles = [site.register_forward_hook(clip) for site in sites]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    with passing(model), hooked(site.register_forward_hook(clip) for site in sites):
+        yield
 
 
-def progress_bar(shown: bool) -> Progress:
-    """The bar of a walk through the layers."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, disable=not shown)
+@contextmanager
+def walking(
+    layers: Mapping[str, Layer], description: str, *, held: Iterable[Tensor], progress: bool
+) -> Iterator[Iterable[tuple[str, Layer]]]:
+    """The layers in turn, with a progress bar. Unless all are walked, the tensors ``held`` are put back."""
+    with unchanged_on_failure(held), progress_bar(shown=progress) as bar:
+        yield bar.track(layers.items(), description=description)
+
+
+@dataclass(frozen=True)
+class WalkResult(Printed, Generic[Layer]):
+    """What was done to the layers in their turn, as a table.
+
+    Attributes:
+        layers: What was changed, in order.
+        left: Why a quantized layer was not, by its path.
+    """
+
+    _title: ClassVar[str]
+    _texts: ClassVar[tuple[str, ...]]
+    _numbers: ClassVar[tuple[str, ...]]
+
+    layers: tuple[Layer, ...]
+    left: dict[str, str]
+
+    @abstractmethod
+    def _cells(self, layer: Layer) -> tuple[str, ...]:
+        """A row of the table."""
+
+    def __rich__(self) -> Table:
+        table = Table(title=self._title)
+        for column in self._texts:
+            table.add_column(column, overflow="fold")
+        for column in self._numbers:
+            table.add_column(column, justify="right")
+        for layer in self.layers:
+            table.add_row(*self._cells(layer))
+        for path, why in self.left.items():
+            table.add_row(path, why)
+        return table

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.numerics import Format, quantize
 from ..errors import QATError
 from ..nn.layers import CONVS, InterceptedLayer, QuantLayer
-from ..support.text import Printed
-from .passes import Passes, clipping_only, listen, progress_bar, unchanged_on_failure
+from ..support.modes import hooked
+from .passes import Passes, WalkResult, clipping_only, listen, walking
 
 # Equation 23: the stretched sigmoid reaches 0 and 1 exactly (Louizos et al., arXiv 1712.01312).
 _ZETA, _GAMMA = 1.1, -0.1
@@ -50,7 +49,7 @@ class RoundedLayer:
 
 
 @dataclass(frozen=True)
-class Rounding(Printed):
+class Rounding(WalkResult[RoundedLayer]):
     """Result of :func:`round_weights`; prints as a table.
 
     Attributes:
@@ -58,19 +57,12 @@ class Rounding(Printed):
         left: Why a quantized layer was not, by its path.
     """
 
-    layers: tuple[RoundedLayer, ...]
-    left: dict[str, str]
+    _title = "Learned rounding"
+    _texts = ("layer",)
+    _numbers = ("moved", "error, nearest", "error, learned")
 
-    def __rich__(self) -> Table:
-        table = Table(title="Learned rounding")
-        table.add_column("layer", overflow="fold")
-        for column in ("moved", "error, nearest", "error, learned"):
-            table.add_column(column, justify="right")
-        for item in self.layers:
-            table.add_row(item.path, f"{item.moved:.2%}", f"{item.nearest:.2e}", f"{item.learned:.2e}")
-        for path, why in self.left.items():
-            table.add_row(path, why, "", "")
-        return table
+    def _cells(self, layer: RoundedLayer) -> tuple[str, ...]:
+        return layer.path, f"{layer.moved:.2%}", f"{layer.nearest:.2e}", f"{layer.learned:.2e}"
 
 
 def round_weights(
@@ -121,8 +113,8 @@ def round_weights(
     done = []
     try:
         held = [t for layer in layers.values() for t in (layer.weight, layer.weight_quantizer.amax)]
-        with clipping_only(reference), unchanged_on_failure(held), progress_bar(progress) as bar:
-            for path, layer in bar.track(layers.items(), description="Rounding weights"):
+        with clipping_only(reference), walking(layers, "Rounding weights", held=held, progress=progress) as walk:
+            for path, layer in walk:
                 done.append(_round_layer(path, layer, _moments(passes, model, reference, path), steps))
     finally:
         if len(done) < len(layers):
@@ -183,7 +175,7 @@ def _moments(passes: Passes, model: nn.Module, reference: nn.Module, path: str) 
     ]
     sums: list[Tensor] = []
     count = 0
-    try:
+    with hooked(handles):
         for _ in passes.each(reference, model, until=path):
             if [size for _, size in inputs] != [out.shape for out in outputs]:
                 raise QATError(
@@ -199,9 +191,6 @@ def _moments(passes: Passes, model: nn.Module, reference: nn.Module, path: str) 
                     count += len(windows)
             inputs.clear()
             outputs.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
     if not all(bool(total.isfinite().all()) for total in sums):
         raise QATError(f"{path}: NaN or infinity in its input or output. Check the data and the weights before it")
     return Moments(*(total / count for total in sums))

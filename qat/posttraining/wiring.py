@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from ..core.quantizer import switched_off
 from ..nn.layers import is_quantizable
 from ..preparation.run import Tracker
 from ..support.inputs import tensors
-from ..support.modes import evaluating, unchanged_tensors, uncompiled
+from ..support.modes import hooked, looking_at
 
 
 @dataclass
@@ -61,22 +61,19 @@ def observe_wiring(model: nn.Module, run: Callable[[nn.Module], Any]) -> Wiring:
 
         return hook
 
-    handles: list[Any] = []
-    try:
+    def register() -> Iterator[RemovableHandle]:
         for path, module in model.named_modules():
             if is_quantizable(module):
-                handles.append(module.register_forward_pre_hook(before_layer(path), with_kwargs=True))
-                handles.append(module.register_forward_hook(tracker.weighted_hook(path)))
+                yield module.register_forward_pre_hook(before_layer(path), with_kwargs=True)
+                yield module.register_forward_hook(tracker.weighted_hook(path))
             elif isinstance(module, nn.MultiheadAttention):
                 # A layer like any other to those that read it, but nothing is changed in it.
-                handles.append(module.register_forward_hook(tracker.weighted_hook(path)))
+                yield module.register_forward_hook(tracker.weighted_hook(path))
             elif isinstance(module, _BatchNorm):
-                handles.append(module.register_forward_pre_hook(before_norm(path)))
-        with evaluating(model), unchanged_tensors(model), switched_off(model), uncompiled(), torch.no_grad(), tracker:
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+                yield module.register_forward_pre_hook(before_norm(path))
+
+    with hooked(register()), looking_at(model), switched_off(model), tracker:
+        run(model)
     for path, norms in normalized.items():
         if len(norms) == 1 and norm_calls[norms[0]] == 1 and found.calls.get(path) == 1:
             found.norms[path] = norms[0]

@@ -64,16 +64,16 @@ def find_adds(flow: Flow, quantized: set[str], run: Run | None = None) -> tuple[
             continue  # anchors, image transforms: no layer in it could feed an Add
         if keys and not trace.graphs and run is not None:
             observed = list(_observed(trace, keys, quantized, run))
-            found += [item for item in observed if item.key is not None and item.key.form not in IN_PLACE]
-            if any(item not in found for item in observed):
-                why = f"it is in place, in a forward that cannot be traced ({trace.failure}): not rewritten; {_REMEDY}"
-                left.append(Left(trace.path, "addition in place", why))
+            for item in observed:
+                if item.key is not None and item.key.form not in IN_PLACE:
+                    found.append(item)
+                else:
+                    why = f"it is in place, in a forward that cannot be traced ({trace.failure}): not rewritten; {_REMEDY}"
+                    left.append(_left_addition(trace.path, item.key, why))
             continue
         if keys and not trace.graphs:
-            lines = f"{len(keys)} addition{'s' if len(keys) > 1 else ''}"
-            left.append(
-                Left(trace.path, lines, f"its forward cannot be traced ({trace.failure}): pass example_inputs=; {_REMEDY}")
-            )
+            why = f"its forward cannot be traced ({trace.failure}): pass example_inputs=; {_REMEDY}"
+            left += [_left_addition(trace.path, key, why) for key in keys]
             continue
         for key in keys:
             nodes = [n for graph in trace.graphs for n in graph.nodes if n.target is located_add and n.args[0] == key]
@@ -82,7 +82,7 @@ def find_adds(flow: Flow, quantized: set[str], run: Run | None = None) -> tuple[
                 continue
             if key.form in IN_PLACE and any(read_later(n) for n in residual):
                 why = f"it changes a tensor in place that is read again later: not rewritten; {_REMEDY}"
-                left.append(Left(trace.path, "addition in place", why))
+                left.append(_left_addition(trace.path, key, why))
                 continue
             operands = tuple(tuple(n.args[1:]) for n in residual)
             found.append(Located(trace.path, key, operands, trace, fusable_input(flow, trace, *operands[0])))
@@ -93,6 +93,12 @@ def find_adds(flow: Flow, quantized: set[str], run: Run | None = None) -> tuple[
         else:
             found.append(located)
     return found, left
+
+
+def _left_addition(path: str, key: Key | None, why: str) -> Left:
+    """Tell one addition, and which expression of its method it is, in source order."""
+    where = "" if key is None else f"expression {key.index + 1} of {key.method}: "
+    return Left(path, "addition", f"{where}{why}")
 
 
 def _observed(trace: Trace, keys: list[Key], quantized: set[str], run: Run) -> Iterator[Located]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.config import QuantConfig
+from ..support.text import Printed
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Left:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """Result of ``qat.prepare``; prints as a table.
 
     Attributes:
@@ -58,6 +62,8 @@ class Report:
         config: The settings that were applied.
         notice: Set when nothing was done.
     """
+
+    _width = 150
 
     sites: tuple[Site, ...]
     left: tuple[Left, ...]
@@ -82,13 +88,11 @@ class Report:
         ]
         return f"{len(self.sites)} sites, {self.quantizers} quantizers: {', '.join(kinds)}; {len(self.left)} left in float"
 
-    def __str__(self) -> str:
+    def __rich__(self) -> Group:
         from rich import box
         from rich.console import Group
         from rich.markup import escape
         from rich.table import Table
-
-        from ..support.text import as_text
 
         sites = Table("module", "site", "scale", "format", "quantizer", "note", title="Q/DQ sites", box=box.SIMPLE)
         for site in self.sites:
@@ -102,4 +106,4 @@ class Report:
         parts: list[Any] = [sites, left, escape(head), escape(self.summary())]
         if self.notice:
             parts.append(escape(self.notice))
-        return as_text(Group(*parts), width=150)
+        return Group(*parts)

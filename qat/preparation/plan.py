@@ -153,12 +153,7 @@ def _place_layers(plan: Plan, flow: Flow) -> None:
 def _place_pools(plan: Plan, flow: Flow) -> None:
     for path, module in flow.model.named_modules():
         if isinstance(module, AVERAGE_POOLS) and path not in flow.traces:
-            why = "excluded by a rule" if plan.config.site(path).quantize is False else flow.unreached(path)
-            why = why or (OWN_FORWARD if "forward" in module.__dict__ else None)
-            if why:
-                plan.left.append(Left(path, type(module).__name__, why))
-            else:
-                plan.pools.append(path)
+            _place(plan, flow, path, module, plan.pools)
     for located, name in _named(flow, find_pools(flow), "quant_pool"):
         planned = PlannedExpression(located, name, (True,))
         if not _is_left(plan, flow, planned, "pooling"):
@@ -175,13 +170,17 @@ def _place_inputs(plan: Plan, flow: Flow) -> None:
                 "name modules such as nn.MaxPool2d or nn.Identity"
             )
         for path in (path for path in fitting if path not in (*plan.pools, *plan.inputs)):
-            module = found[path]
-            why = "excluded by a rule" if plan.config.site(path).quantize is False else flow.unreached(path)
-            why = why or (OWN_FORWARD if "forward" in module.__dict__ else None)
-            if why:
-                plan.left.append(Left(path, type(module).__name__, why))
-            else:
-                plan.inputs.append(path)
+            _place(plan, flow, path, found[path], plan.inputs)
+
+
+def _place(plan: Plan, flow: Flow, path: str, module: nn.Module, placed: list[str]) -> None:
+    """Add a module to those that get a site at their input, or say why it is left."""
+    why = "excluded by a rule" if plan.config.site(path).quantize is False else flow.unreached(path)
+    why = why or (OWN_FORWARD if "forward" in module.__dict__ else None)
+    if why:
+        plan.left.append(Left(path, type(module).__name__, why))
+    else:
+        placed.append(path)
 
 
 def _takes_site(path: str, module: nn.Module, flow: Flow) -> bool:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..support.inputs import call, tensors
+from ..support.modes import hooked, looking_at
 from .flow import Flow
 from .source import ADD_FORMS, Key, derive_class, plain_operation
 
@@ -106,24 +107,23 @@ class _Recorder:
 def observe(flow: Flow, example_inputs: Any) -> Run:
     """Run the model once, in evaluation mode, and observe its outputs and the additions that tracing could not see.
 
-    Classes, modes, hooks and random state are afterwards what they were. Side effects of the model's own forward are
-    those of one call.
+    Classes, modes, tensors, hooks and random state are afterwards what they were.
     """
     model, run, tracker = flow.model, Run(), Tracker()
-    handles: list[Any] = []
-    modes = {module: module.training for module in model.modules()}
     classes: dict[nn.Module, type] = {}
 
     def record(module: nn.Module, key: Key, a: Tensor, b: Tensor) -> None:
         found = run.adds.setdefault((flow.paths[id(module)], key), [])
         found.append((tracker.operand(a), tracker.operand(b)))
 
-    try:
+    def register() -> Iterator[RemovableHandle]:
         for path, module in model.named_modules():
             if path in flow.weighted:
-                handles.append(module.register_forward_hook(tracker.weighted_hook(path)))
+                yield module.register_forward_hook(tracker.weighted_hook(path))
             elif isinstance(module, _BatchNorm):
-                handles.append(module.register_forward_hook(tracker.normalization_hook))
+                yield module.register_forward_hook(tracker.normalization_hook)
+
+    try:
         for trace in flow.traces.values():
             keys = [key for key in trace.source.keys if key.form in ADD_FORMS]
             if keys and not trace.graphs:
@@ -131,19 +131,13 @@ def observe(flow: Flow, example_inputs: Any) -> Run:
                 names = {key: f"_qat_{position}" for position, key in enumerate(keys)}
                 members = {name: _Recorder(key, record) for key, name in names.items()}
                 trace.module.__class__ = derive_class(trace.source, names, (), members)
-        model.eval()
-        devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), tracker:
+        with hooked(register()), looking_at(model, keep_random=True), tracker:
             for position, tree in enumerate(_arguments(example_inputs)):
                 tracker.enter(f"input {position}", tree)
             out = call(model, example_inputs)
     finally:
         for module, cls in classes.items():
             module.__class__ = cls
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
     run.head = set().union(*(tracker.layers.get(t, _NONE) for t in _outputs(out)))
     return run
 

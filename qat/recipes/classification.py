@@ -34,11 +34,14 @@ from torch import Tensor, nn
 from ..core.numerics import INT8
 from ..core.quantizer import quantizers
 from ..errors import QATError
-from ..export import ParityReport, export_float, export_onnx, parity
+from ..export import ParityReport
+from ..support.files import write_text
 from ..support.version import __version__
 from ..training.checkpoints import fingerprint
-from .data import ImageData, load
+from .data import load
 from .evaluation import accuracy, cpu_latency, open_session, predict_onnx, predict_torch
+from .exports import Job, fused_jobs, write_all
+from .images import ImageData
 from .options import RecipeSettings
 from .settings import ClassifierSettings, parse
 from .tables import Result, append_row, draw, make_table, markdown_row, over_seeds, parity_table
@@ -200,29 +203,16 @@ def export_all(
         The files by row of the table, ``<row>_int8`` with int8 weights, and what the comparisons found.
     """
     images = _images(data, PARITY_IMAGES)
-    example = images[:2]
-    jobs: list[tuple[str, str, dict[str, Any]]] = []
+    jobs: list[Job] = []
     for name, model in models.items():
         if name in LABELS and all(site.fmt == INT8 for _, site in quantizers(model)):
             jobs.append((name, name, {}))
             if not name.startswith("float"):
                 jobs.append((f"{name}_int8", name, {"int8_weights": True}))
     if ("qat", "qat", {}) in jobs:
-        fused = {"fuse_adds": True}
-        jobs += [("qat_fused", "qat", fused), ("qat_fused_int8", "qat", {**fused, "int8_weights": True})]
-    files: dict[str, Path] = {}
-    found: dict[str, dict[str, Any]] = {}
-    with stage(console, "export and parity", len(jobs)) as advance:
-        for key, name, options in jobs:
-            path = files[key] = out / f"{key.replace('_', '-')}.onnx"
-            if name.startswith("float"):
-                export_float(models[name], path, example)
-                found[key] = _float_parity(models[name], path, images)
-            else:
-                export_onnx(models[name], path, example, **options)
-                found[key] = parity_figures(parity(models[name], path, images, codes=True))
-            advance()
-    console.print(parity_table({files[key].name: figures for key, figures in found.items()}, len(images)))
+        jobs += fused_jobs()
+    files, found = write_all(models, jobs, images, out, console, of_float=_float_parity, of_int8=parity_figures)
+    console.print(parity_table({files[key].name: figures for key, figures in found.items()}, f"{len(images)} images"))
     return files, found
 
 
@@ -315,7 +305,7 @@ def _images(data: ImageData, count: int) -> Tensor:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def is_unbalanced(data: ImageData) -> bool:

@@ -34,23 +34,26 @@ from ..calibration import calibrate
 from ..calibration.methods import METHODS
 from ..core.config import QuantConfig
 from ..errors import QATError
-from ..export import ParityReport, export_float, export_onnx, parity
+from ..export import ParityReport
 from ..lightning.callback import QATCallback
 from ..preparation import prepare
+from ..support.files import write_text
+from ..support.tensor_files import write_tensors
 from ..training.checkpoints import fingerprint
 from .boxes import distillation_loss, precision
 from .classification import finished, origin, versions
-from .detection_tables import Detected, draw, make_table, markdown_row, over_seeds, parity_table
+from .detection_tables import OF_DETECTIONS, Detected, draw, make_table, markdown_row, over_seeds
 from .detector import LOSSES, Detector, detect_onnx, detect_torch, fit
 from .evaluation import cpu_latency, open_session
+from .exports import Job, fused_jobs, write_all
 from .options import RecipeSettings, option
 from .scenes import LOADERS, SceneData, load
 from .settings import parse
 from .ssdlite import COCO, TINY, SSDLite, load_tensorflow, make_anchors
-from .tables import append_row
+from .tables import append_row, parity_table
 from .tfjs import read_tensors
 from .training import make_trainer, stage
-from .variants import LABELS, LEARNED
+from .variants import LABELS, LEARNED, by_other_methods
 
 PARITY_IMAGES = 8
 # Largest difference of a float file from PyTorch: logits reach 20, and sums of some thousand terms differ by rounding.
@@ -250,7 +253,7 @@ def train_all(
         base = Detector(model, anchors, loss="labels", lr=settings.lr, **rates)
         fit(base, data, steps=settings.float_steps, seed=seed, name="float training", **common)
     model.cpu().eval()
-    torch.save(model.state_dict(), out / "float.pt")
+    write_tensors(out / "float.pt", model.state_dict())
     calibration = data.calibration(settings.calibration_images, settings.batch_size)
 
     ptq = copy.deepcopy(model)
@@ -283,11 +286,7 @@ def train_all(
     models["ptq"] = ptq.eval()
     models["qat"] = fine_tune_quantized("quantized fine-tuning (QAT)", "qat.ckpt", settings.quant)
     if settings.compare:
-        for method in METHODS:
-            if method != settings.calibration:
-                calibrated.apply(method)
-                models[f"ptq_{method}"] = copy.deepcopy(ptq)
-        calibrated.apply(settings.calibration)
+        models |= by_other_methods(ptq, calibrated, settings.calibration)
         learned = replace(settings.quant, learn_scales=True)
         models[LEARNED] = fine_tune_quantized("QAT with learned scales", "qat_learned.ckpt", learned)
     return models
@@ -311,26 +310,16 @@ def export_all(
         The files by row of the table, ``<row>_int8`` with int8 weights, and what the comparisons found.
     """
     images = images_of(data, PARITY_IMAGES)
-    jobs: list[tuple[str, str, dict[str, Any]]] = []
+    jobs: list[Job] = []
     for name in models:
         jobs.append((name, name, {}))
         # By another method, PTQ has other scales and the same size.
         if name in ("ptq", "qat", LEARNED):
             jobs.append((f"{name}_int8", name, {"int8_weights": True}))
-    jobs += [("qat_fused", "qat", {"fuse_adds": True}), ("qat_fused_int8", "qat", {"fuse_adds": True, "int8_weights": True})]
-    files: dict[str, Path] = {}
-    found: dict[str, dict[str, Any]] = {}
-    with stage(console, "export and parity", len(jobs)) as advance:
-        for key, name, options in jobs:
-            path = files[key] = out / f"{key.replace('_', '-')}.onnx"
-            if name.startswith("float"):
-                export_float(models[name], path, images[:2])
-                found[key] = _float_parity(models[name], path, images)
-            else:
-                export_onnx(models[name], path, images[:2], **options)
-                found[key] = _parity(parity(models[name], path, images, codes=True))
-            advance()
-    console.print(parity_table({files[key].name: figures for key, figures in found.items()}, len(images)))
+    jobs += fused_jobs()
+    files, found = write_all(models, jobs, images, out, console, of_float=_float_parity, of_int8=_parity)
+    compared = {files[key].name: figures for key, figures in found.items()}
+    console.print(parity_table(compared, f"{len(images)} scenes", OF_DETECTIONS))
     return files, found
 
 
@@ -381,7 +370,7 @@ def images_of(data: SceneData, count: int) -> Tensor:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import sqrt
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
-from .tables import draw_rows, megabytes
+from .tables import Compared, averaged, draw_rows, figures_table, megabytes
+
+# Raw outputs of a detector in the table of a comparison.
+OF_DETECTIONS = (
+    Compared("codes of boxes", "boxes_max_abs", "boxes_drift_max_abs", ".2g"),
+    Compared("logits", "logits_max_abs", "logits_drift_max_abs", ".2g"),
+    Compared("INT8 codes equal", "codes_equal", "drift_codes_equal", ".4%"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,57 +46,18 @@ class Detected:
 
 def over_seeds(runs: Sequence[Mapping[str, Detected]]) -> dict[str, Detected]:
     """Means over runs with different seeds, with their standard errors."""
-    if len(runs) == 1:
-        return dict(runs[0])
-    merged = {}
-    for key, first in runs[0].items():
-        results = [run[key] for run in runs]
-        map50, overall = [r.map50 for r in results], [r.map for r in results]
-        root = sqrt(len(results))
-        merged[key] = replace(
-            first,
-            map50=mean(map50),
-            map=mean(overall),
-            cpu_ms=mean(r.cpu_ms for r in results),
-            map50_stderr=stdev(map50) / root,
-            map_stderr=stdev(overall) / root,
-        )
-    return merged
+    return averaged(runs, {"map50": "map50_stderr", "map": "map_stderr", "cpu_ms": None})
 
 
 def make_table(results: Mapping[str, Detected], title: str, caption: str) -> Table:
     """The table of a run: precisions, what they differ from those of the float model, sizes and latency."""
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
-    table.add_column("model")
-    for column in ("mAP50 %", "to float", "mAP50-95 %", "to float", "ONNX MB", "int8 weights MB", "CPU ms"):
-        table.add_column(column, justify="right")
+    shown = ("mAP50 %", "to float", "mAP50-95 %", "to float", "ONNX MB", "int8 weights MB", "CPU ms")
+    table = figures_table("model", shown, title, caption)
     base = results["float"]
     for key, r in results.items():
         gains = ["" if key == "float" else f"{100 * (a - b):+.2f}" for a, b in ((r.map50, base.map50), (r.map, base.map))]
         figures = [_percent(r.map50, r.map50_stderr), gains[0], _percent(r.map, r.map_stderr), gains[1]]
         table.add_row(r.label, *figures, megabytes(r.file_bytes), megabytes(r.int8_weights_bytes), f"{r.cpu_ms:.1f}")
-    return table
-
-
-def parity_table(found: Mapping[str, Mapping[str, Any]], images: int) -> Table:
-    """How far the raw outputs of each file are from PyTorch's, next to PyTorch's own drift.
-
-    Args:
-        found: Figures by file name; those that a float model has not are missing.
-        images: How many images were compared.
-    """
-    title = f"PyTorch and ONNX Runtime on {images} scenes (drift: PyTorch itself, summing in another order)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("file")
-    for column in ("codes of boxes", "drift", "logits", "drift", "INT8 codes equal", "drift"):
-        table.add_column(column, justify="right")
-    for name, figures in found.items():
-        cells = [
-            f"{figures[key]:.2g}" if key in figures else "-"
-            for key in ("boxes_max_abs", "boxes_drift_max_abs", "logits_max_abs", "logits_drift_max_abs")
-        ]
-        cells += [f"{figures[key]:.4%}" if key in figures else "-" for key in ("codes_equal", "drift_codes_equal")]
-        table.add_row(name, *cells)
     return table
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..bench import latency
 from ..export import export_float, export_onnx
 from ..tensorrt import Engine, Inspection, Runtime, build, find_runtime, inspect
-from .data import ImageData
 from .evaluation import Accuracy, accuracy
+from .images import ImageData
 from .settings import ClassifierSettings
 from .training import stage
 

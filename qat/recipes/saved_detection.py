@@ -15,7 +15,7 @@ from ..report import ResultTable
 from .detection import DetectionSettings
 from .detection_tables import Detected
 from .detector import Detector
-from .saved import SavedRun, read_state
+from .saved_run import SavedRun, read_state
 from .scenes import load
 from .ssdlite import COCO, TINY, SSDLite, make_anchors
 from .training import device_of

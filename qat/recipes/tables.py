@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan, sqrt
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from rich import box
 from rich.table import Table
 
 from ..errors import QATError
+from ..support.files import whole_file, write_text
 from .settings import ClassifierSettings
 
 
@@ -42,25 +43,33 @@ class Result:
     cpu_ms: float | None
 
 
+@dataclass(frozen=True)
+class Compared:
+    """One figure of a comparison in its table.
+
+    Attributes:
+        heading: Of the column.
+        key: Of the figure in ``metrics.json``.
+        drift: Of PyTorch's own.
+        form: How both are printed.
+    """
+
+    heading: str
+    key: str
+    drift: str
+    form: str
+
+
+OF_CLASSES = (
+    Compared("top-1 equal", "top1_agreement", "drift_top1_agreement", ".2%"),
+    Compared("logits max diff", "max_abs", "drift_max_abs", ".2g"),
+    Compared("codes equal", "codes_equal", "drift_codes_equal", ".4%"),
+)
+
+
 def over_seeds(runs: Sequence[Mapping[str, Result]]) -> dict[str, Result]:
     """Means over runs with different seeds; ``stderr`` becomes that of the mean over seeds."""
-    if len(runs) == 1:
-        return dict(runs[0])
-    merged = {}
-    for key, first in runs[0].items():
-        results = [run[key] for run in runs]
-        top1 = [r.top1 for r in results]
-        merged[key] = Result(
-            first.label,
-            mean(top1),
-            stdev(top1) / sqrt(len(top1)),
-            mean(r.balanced for r in results),
-            mean(r.as_float for r in results),
-            first.file_bytes,
-            first.int8_weights_bytes,
-            None if first.cpu_ms is None else mean(r.cpu_ms for r in results if r.cpu_ms is not None),
-        )
-    return merged
+    return averaged(runs, {"top1": "stderr", "balanced": None, "as_float": None, "cpu_ms": None})
 
 
 def make_table(results: Mapping[str, Result], title: str, caption: str, *, balanced: bool) -> Table:
@@ -72,34 +81,36 @@ def make_table(results: Mapping[str, Result], title: str, caption: str, *, balan
         caption: Below the table.
         balanced: Show balanced accuracy: for classes of different size.
     """
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
-    table.add_column("model")
     shown = ("top-1 %", *(["balanced %"] if balanced else []), "as float %", "ONNX MB", "int8 weights MB", "CPU ms")
-    for column in shown:
-        table.add_column(column, justify="right")
+    table = figures_table("model", shown, title, caption)
     for r in results.values():
         cells = [r.label, _percent(r), *([f"{100 * r.balanced:.2f}"] if balanced else []), f"{100 * r.as_float:.2f}"]
         table.add_row(*cells, megabytes(r.file_bytes), megabytes(r.int8_weights_bytes), _milliseconds(r.cpu_ms))
     return table
 
 
-def parity_table(found: Mapping[str, Mapping[str, Any]], images: int) -> Table:
+def parity_table(found: Mapping[str, Mapping[str, Any]], compared: str, columns: Sequence[Compared] = OF_CLASSES) -> Table:
     """How far each file is from PyTorch, next to PyTorch's own drift.
 
     Args:
         found: Figures by file name; those that a float model has not are missing.
-        images: How many images were compared.
+        compared: What they were compared on, such as ``"64 images"``.
+        columns: What is shown; behind each its drift.
     """
-    title = f"PyTorch and ONNX Runtime on {images} images (drift: PyTorch itself, summing in another order)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("file")
-    for column in ("top-1 equal", "drift", "logits max diff", "drift", "codes equal", "drift"):
-        table.add_column(column, justify="right")
+    title = f"PyTorch and ONNX Runtime on {compared} (drift: PyTorch itself, summing in another order)"
+    table = figures_table("file", [heading for column in columns for heading in (column.heading, "drift")], title)
     for name, figures in found.items():
-        cells = [f"{figures[key]:.2%}" if key in figures else "-" for key in ("top1_agreement", "drift_top1_agreement")]
-        cells += [f"{figures[key]:.2g}" if key in figures else "-" for key in ("max_abs", "drift_max_abs")]
-        cells += [f"{figures[key]:.4%}" if key in figures else "-" for key in ("codes_equal", "drift_codes_equal")]
-        table.add_row(name, *cells)
+        keys = [(key, column.form) for column in columns for key in (column.key, column.drift)]
+        table.add_row(name, *(format(figures[key], form) if key in figures else "-" for key, form in keys))
+    return table
+
+
+def figures_table(first: str, numbers: Iterable[str], title: str, caption: str | None = None) -> Table:
+    """An empty table with one column of names and others of numbers."""
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    table.add_column(first)
+    for column in numbers:
+        table.add_column(column, justify="right")
     return table
 
 
@@ -130,6 +141,28 @@ class Measured(Protocol):
 
 
 Row = TypeVar("Row", bound=Measured)
+
+
+def averaged(runs: Sequence[Mapping[str, Row]], fields: Mapping[str, str | None]) -> dict[str, Row]:
+    """Means over runs with different seeds; one run as it is.
+
+    Args:
+        runs: Rows, dataclasses, by key.
+        fields: What is averaged, and the field that gets the standard error of that mean. Others are those of the first run.
+    """
+    if len(runs) == 1:
+        return dict(runs[0])
+    merged = {}
+    for key, first in runs[0].items():
+        found: dict[str, float] = {}
+        for name, error in fields.items():
+            values = [getattr(run[key], name) for run in runs if getattr(run[key], name) is not None]
+            if getattr(first, name) is not None:
+                found[name] = mean(values)
+            if error is not None:
+                found[error] = stdev(values) / sqrt(len(values))
+        merged[key] = replace(cast(Any, first), **found)
+    return merged
 
 
 def draw_rows(
@@ -164,7 +197,8 @@ def draw_rows(
     size.set_xlabel("ONNX file, MB\n(quantized: int8 weights)")
     latency.barh(labels, [r.cpu_ms or nan for r in rows], color=colors)
     latency.set_xlabel("CPU latency\nof one image, ms")
-    figure.savefig(path, dpi=120)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def draw(results: Mapping[str, Result], title: str, path: Path) -> None:
@@ -205,14 +239,14 @@ def markdown_row(
 def append_row(path: Path, row: Mapping[str, str]) -> None:
     """Append ``row`` to a markdown file; a new file, or one that ends with another table, gets the header first."""
     header = _line(row)
-    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    known = before.splitlines()
     heads = [line for line, following in itertools.pairwise(known) if following.startswith("|---")]
     lines = [_line(row.values())]
     if not heads or heads[-1] != header:
         lines = [*([""] if known else []), header, "|---" * len(row) + "|", *lines]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    write_text(path, before + "\n".join(lines) + "\n")
 
 
 def _line(cells: Iterable[str]) -> str:

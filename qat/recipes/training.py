@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import QATError
+from ..support.progress import progress_bar
 from ..training.batchnorm import freeze_batch_norm
-from .data import ImageData
+from .images import ImageData
 from .settings import ClassifierSettings
 
 
@@ -30,14 +30,7 @@ class Advance(Protocol):
 @contextmanager
 def stage(console: Console, name: str, total: int) -> Iterator[Advance]:
     """One progress bar for one stage of a recipe."""
-    columns = (
-        TextColumn("{task.description:<32}"),
-        BarColumn(24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as bar:
+    with progress_bar(console=console, notes=True) as bar:
         task = bar.add_task(name, total=total, note="")
 
         def advance(steps: int = 1, note: str = "") -> None:

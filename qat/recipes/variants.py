@@ -18,7 +18,8 @@ from ..calibration.methods import METHODS
 from ..lightning.callback import QATCallback
 from ..posttraining import correct_biases, equalize, round_weights
 from ..preparation import prepare, prepared_report
-from .data import ImageData
+from ..support.tensor_files import write_tensors
+from .images import ImageData
 from .models import build, load_weights
 from .settings import ClassifierSettings
 from .training import FreezeBatchNorm, device_of, fit, make_classifier, stage
@@ -59,7 +60,7 @@ def train_all(settings: ClassifierSettings, data: ImageData, seed: int, out: Pat
     calibration = data.calibration(settings.calibration_images, settings.batch_size)
     models = {"float": model, **after_training(model, settings, calibration, console)}
     # What fine-tuning starts from, for qat report.
-    torch.save(models["ptq"].state_dict(), out / "ptq.pt")
+    write_tensors(out / "ptq.pt", models["ptq"].state_dict())
 
     def tune(name: str, callback: Callback, file: str, *, distill: bool) -> nn.Module:
         tuned = make_classifier(copy.deepcopy(model), settings, fine_tune=True, distill=distill)
@@ -99,7 +100,7 @@ def float_model(settings: ClassifierSettings, data: ImageData, seed: int, out: P
         base = make_classifier(model, settings, fine_tune=False)
         fit(base, data, settings, epochs=settings.epochs, name="float training", console=console, seed=seed)
     model.cpu().eval()
-    torch.save(model.state_dict(), out / "float.pt")
+    write_tensors(out / "float.pt", model.state_dict())
     return model
 
 
@@ -120,11 +121,7 @@ def after_training(
     console.print(report.summary(), highlight=False)
     models = {"ptq": ptq}
     if settings.compare:
-        for method in METHODS:
-            if method != settings.calibration:
-                calibrated.apply(method)
-                models[f"ptq_{method}"] = copy.deepcopy(ptq)
-        calibrated.apply(settings.calibration)
+        models |= by_other_methods(ptq, calibrated, settings.calibration)
         equal = copy.deepcopy(model)
         equalize(equal, next(iter(calibration))[0][:4])
         models[EQUALIZED], _ = _calibrated(equal, settings, calibration, console, "calibration, equalized")
@@ -134,6 +131,17 @@ def after_training(
         models[WEIGHTS], _ = _calibrated(model, settings, calibration, console, name, weight_method="mse")
         models[WEIGHTS_ROUNDED] = _rounded(models[WEIGHTS], settings, calibration, console, "learned rounding, weights by mse")
     return {name: found.cpu().eval() for name, found in models.items()}
+
+
+def by_other_methods(ptq: nn.Module, calibrated: Calibration, method: str) -> dict[str, nn.Module]:
+    """Copies of a calibrated model with the ranges of every method but ``method``, which it has again afterwards."""
+    models = {}
+    for other in METHODS:
+        if other != method:
+            calibrated.apply(other)
+            models[f"ptq_{other}"] = copy.deepcopy(ptq)
+    calibrated.apply(method)
+    return models
 
 
 def _calibrated(

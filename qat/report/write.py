@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QATError
-from ..support.files import write_whole
+from ..support.files import check_target, write_text
 from ..support.version import __version__
 from . import charts, rows
 from .blocks import Structure, joined
@@ -75,10 +75,9 @@ def write_report(
             plotly is not installed. Nothing is written then.
     """
     target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        raise QATError(f"{target}: cannot be written: {'is a folder' if target.is_dir() else f'no folder {target.parent}'}")
-    tables = _tables(results)
     # Before the analyses, which take a while.
+    check_target(target, text=True)
+    tables = _tables(results)
     environment, plotly = _environment(), _plotly()
     found = look_at(model, batches, exact=exact, baseline_state=baseline_state)
     script = _read("report.js")
@@ -98,7 +97,7 @@ def write_report(
         **_structure(found.structure),
         **_summary(found, bool(tables), inspection),
     )
-    write_whole(target, text.encode())
+    write_text(target, text)
     return target
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,19 +13,53 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, flag by flag: a module's own ``train`` may do more than set it, and could not be undone."""
-    flags = [(module, module.training) for module in model.modules()]
+def looking_at(model: nn.Module, *, keep_tensors: bool = True, keep_random: bool = False) -> Iterator[None]:
+    """Run a model for a look: in evaluation mode, without gradients, uncompiled; it is afterwards what it was.
+
+    Args:
+        model: What is run.
+        keep_tensors: Put back what a forward stores in buffers and attributes. Off where that is what is wanted.
+        keep_random: Put back the random streams: for those who also iterate loaders.
+    """
+    with (
+        evaluating(model),
+        unchanged_tensors(model) if keep_tensors else nullcontext(),
+        isolated_random(model) if keep_random else nullcontext(),
+        torch.no_grad(),
+        uncompiled(),
+    ):
+        yield
+
+
+@contextmanager
+def assigned(owners: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """While this lasts, the attribute ``name`` of every owner is ``value``."""
+    before = [(owner, getattr(owner, name)) for owner in owners]
     try:
-        for module, _ in flags:
-            module.training = False
+        for owner, _ in before:
+            setattr(owner, name, value)
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for owner, held in before:
+            setattr(owner, name, held)
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end. A generator that registers them as it goes leaves none behind when it fails."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
+
+
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Evaluation mode, flag by flag: a module's own ``train`` may do more than set it, and could not be undone."""
+    return assigned(model.modules(), "training", False)
 
 
 @contextmanager
@@ -63,7 +97,8 @@ def uncompiled() -> AbstractContextManager[Any]:
 @contextmanager
 def isolated_random(model: nn.Module) -> Iterator[None]:
     """Loaders shuffle and augment: leave the random streams where they were."""
-    devices = {tensor.device for tensor in chain(model.parameters(), model.buffers()) if tensor.device.type != "cpu"}
+    # The CPU has its stream anyway, and the meta device none.
+    devices = {t.device for t in chain(model.parameters(), model.buffers()) if t.device.type not in ("cpu", "meta")}
     kind = {"device_type": next(iter(devices)).type} if devices else {}
     # NumPy's old global stream is the one that transforms use.
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import struct
@@ -12,6 +13,7 @@ import torch
 from torch.serialization import get_crc32_options
 
 from ..errors import QATError
+from .files import write_whole
 
 # The first byte of a pickle: what torch.save wrote before its files were ZIP archives.
 _PICKLE = b"\x80"
@@ -83,3 +85,19 @@ def read_tensors(path: str | os.PathLike[str], *, remedy: str, mmap: bool = Fals
         raise QATError(
             f"{name}: damaged, or no file of tensors that can be read without executing code in it: {first}. {remedy}"
         ) from error
+
+
+def write_tensors(path: str | os.PathLike[str], content: Any) -> None:
+    """``torch.save`` into a file that is there in full or not at all.
+
+    Args:
+        path: A local file.
+        content: As for ``torch.save``; held in memory a second time.
+
+    Raises:
+        QATError: If it cannot be written; the file of before stays as it was.
+    """
+    # Not into the file: what fails to write ends torch's archive in an error that hides the first.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QATError
-from ..support.files import write_whole
+from ..support.files import check_target, read_whole, write_whole
 from .calibrators import Calibrator
 from .context import TensorInfo, dtype_of
 from .cuda import local_target
@@ -107,6 +107,8 @@ def build(
         if not isinstance(calibrator, Calibrator):
             raise QATError(f"calibrator is a {type(calibrator).__name__}: use one of qat.tensorrt.calibrators")
         calibrator.check(runtime)
+    if timing_cache is not None and runtime.timing_cache:
+        check_target(timing_cache)
     source = _source(onnx)
     if check:
         _check_graph(runtime, source)
@@ -337,7 +339,7 @@ def _timing_cache(runtime: Runtime, config: Any, path: str | os.PathLike[str] | 
         warnings.warn(f"timing_cache: {runtime.title} measures no tactics while building; the file is left alone", stacklevel=3)
         return None
     file = Path(path)
-    cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
+    cache = config.create_timing_cache(read_whole(file) if file.is_file() else b"")
     # A cache of another version or GPU, or a damaged one, costs build time, nothing else.
     if cache is None or not config.set_timing_cache(cache, False):
         log.append(Record("WARNING", f"{file} is no timing cache of this version and GPU and is written anew"))

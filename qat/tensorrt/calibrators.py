@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import QATError
-from ..support.files import read_whole, write_whole
+from ..support.files import check_target, read_whole, write_whole
 from .context import TensorInfo, is_torch
 from .log import BuildLog
 from .runtime import Runtime
@@ -78,6 +78,8 @@ class Calibrator:
             ranges = read_whole(self.cache)
             if not CACHE_HEADER.match(ranges):
                 raise QATError(f"{self.cache}: not a calibration cache of TensorRT. Remove it, or name another file")
+        elif self.cache is not None:
+            check_target(self.cache)
         batches = _Batches(self.data, inputs)
         handle = make(batches, BaseClass=getattr(runtime.module, self._base), **self._settings())
         # Not polygraphy's own file handling: it would write in place, and go on when it cannot.

@@ -84,9 +84,10 @@ class Display:
         self._bars: Any = None
         if importlib.util.find_spec("rich") is not None:
             from rich.console import Console
-            from rich.progress import Progress
 
-            self._bars = Progress(console=Console(stderr=True), transient=True)
+            from ..support.progress import progress_bar
+
+            self._bars = progress_bar(console=Console(stderr=True), transient=True)
 
     def __enter__(self) -> Display:
         if self._bars is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..support.modes import evaluating
+from ..support.modes import looking_at
 
 
 def freeze_batch_norm(model: nn.Module) -> list[str]:
@@ -60,7 +60,7 @@ def reestimate_batch_norm(model: nn.Module, run: Callable[[Any], Any]) -> list[s
     momenta = {norm: norm.momentum for norm in norms.values()}
     done = False
     try:
-        with evaluating(model), torch.no_grad():
+        with looking_at(model, keep_tensors=False):
             for norm in norms.values():
                 norm.reset_running_stats()
                 norm.momentum = None  # the average of all batches

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Group, RenderableType
 from rich.table import Table
 
-from ..support.text import as_text
+from ..support.text import Printed
 
 # The largest distance from a tie, in codes, at which float rounding may still decide between two codes.
 TIE = 0.01
@@ -97,7 +97,7 @@ class SegmentParity:
 
 
 @dataclass(frozen=True)
-class ParityReport:
+class ParityReport(Printed):
     """What :func:`parity` found; prints as tables.
 
     Attributes:
@@ -106,13 +106,17 @@ class ParityReport:
         segments: One entry a call of any site, if asked for.
         unmatched: Sites that PyTorch calls more or less often than the graph.
         precision: What the graph computes in, ``"fp32"`` or ``"fp16"``.
+        is_quantized: Whether the file lists any site; one of a float model lists none.
     """
+
+    _width = 128
 
     outputs: list[OutputParity]
     sites: list[SiteParity] = field(default_factory=list)
     segments: list[SegmentParity] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
     precision: str = "fp32"
+    is_quantized: bool = True
 
     @property
     def top1(self) -> float | None:
@@ -146,17 +150,17 @@ class ParityReport:
         """Whether all weight codes are equal, and activation codes differ by at most 1 and only at ties."""
         return all(s.differing == 0 if s.is_weight else s.max_difference <= 1 and s.tie_distance <= TIE for s in self.segments)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._output_table()
+    def __rich__(self) -> Group:
+        parts: list[RenderableType] = [self._output_table()]
+        if not self.is_quantized:
+            parts.append("A float file: nothing in it is quantized")
         if self.sites:
-            yield self._site_table()
+            parts.append(self._site_table())
         if self.segments:
-            yield self._segment_summary()
+            parts.append(self._segment_summary())
         if self.unmatched:
-            yield "Not compared, called a different number of times: " + ", ".join(self.unmatched)
-
-    def __str__(self) -> str:
-        return as_text(self, width=128)
+            parts.append("Not compared, called a different number of times: " + ", ".join(self.unmatched))
+        return Group(*parts)
 
     def _output_table(self) -> Table:
         cause = "other order of sums" if self.precision == "fp32" else f"results of modules rounded to {self.precision}"

@@ -35,8 +35,9 @@ from ..export.pairs import SITES_KEY
 from ..graph.graph import Graph, Q
 from ..graph.reading import load_model
 from ..graph.run import marked, run_model
-from ..nn.add import QuantAdd
+from ..nn.add import fusing_adds
 from ..support.inputs import tensors
+from ..support.modes import hooked, looking_at
 from .differences import Difference, OutputParity, ParityReport, SegmentParity, SiteParity
 
 # Their weight holds the input channels of a group in its second dimension.
@@ -94,7 +95,7 @@ def parity(
     precision = metadata.get("qat.precision", "fp32")
     _refuse_precision(file, precision, segments)
     _refuse_foreign(model, nodes)
-    with _evaluating(model, fuse_adds=metadata.get("qat.fuse_adds") == "true"), torch.no_grad():
+    with looking_at(model), fusing_adds(model, metadata.get("qat.fuse_adds") == "true"):
         with _recorded(model, keep_inputs=segments, enabled=codes or segments) as calls, _float32():
             output = run(model, args, kwargs, "inputs")
         with (
@@ -129,6 +130,7 @@ def parity(
         _segments(graph, pairs, feeds) if segments else [],
         sorted(site for site in calls if len(calls[site]) != len(nodes.get(site, [])) and site in nodes),
         precision,
+        bool(nodes),
     )
 
 
@@ -147,7 +149,6 @@ class _Call:
 def _recorded(model: nn.Module, *, keep_inputs: bool, enabled: bool) -> Iterator[dict[str, list[_Call]]]:
     """Record the codes of every site that quantizes, call by call."""
     calls: dict[str, list[_Call]] = {}
-    handles = []
 
     def recorder(path: str) -> Any:
         def record(site: Quantizer, args: tuple[Tensor, ...]) -> None:
@@ -164,29 +165,9 @@ def _recorded(model: nn.Module, *, keep_inputs: bool, enabled: bool) -> Iterator
 
         return record
 
-    try:
-        for path, site in quantizers(model) if enabled else ():
-            handles.append(site.register_forward_pre_hook(recorder(path)))
+    sites = list(quantizers(model)) if enabled else []
+    with hooked(site.register_forward_pre_hook(recorder(path)) for path, site in sites):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module, *, fuse_adds: bool) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    fused = {module: module.fuse for module in model.modules() if isinstance(module, QuantAdd)}
-    try:
-        model.eval()
-        for add in fused:
-            add.fuse = fuse_adds
-        yield
-    finally:
-        for add, fuse in fused.items():
-            add.fuse = fuse
-        for module, mode in training.items():
-            module.training = mode
 
 
 @contextlib.contextmanager
@@ -236,12 +217,9 @@ def _half_results(model: nn.Module) -> Iterator[None]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         return pytree.tree_map(rounded, output)
 
-    handles = [module.register_forward_hook(hook) for module in model.modules() if not isinstance(module, Quantizer)]
-    try:
+    modules = [module for module in model.modules() if not isinstance(module, Quantizer)]
+    with hooked(module.register_forward_hook(hook) for module in modules):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _refuse_precision(file: str, precision: str, segments: bool) -> None:

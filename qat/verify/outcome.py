@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..support.text import as_text
+from ..support.text import Plain, Printed
 from .differences import Difference
 
 
@@ -130,7 +128,7 @@ class Departure:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Printed, Plain):
     """What :func:`qat.verify.verify` found; prints as tables.
 
     Attributes:
@@ -140,6 +138,8 @@ class VerifyReport:
         tolerance: The ``max_rel`` that is accepted whatever causes it.
         min_top1: The agreement that is asked for, if any.
     """
+
+    _width = 128
 
     outputs: list[OutputCheck]
     agreement: list[Agreement] = field(default_factory=list)
@@ -160,23 +160,16 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values; what is infinite or NaN is ``None``."""
-        return _plain({**asdict(self), "ok": self.ok})
+        return {**super().to_dict(), "ok": self.ok}
 
-    def to_json(self, indent: int | None = 2) -> str:
-        """:meth:`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._output_table()
+    def __rich__(self) -> Group:
+        parts: list[RenderableType] = [self._output_table()]
         if self.agreement:
-            yield self._agreement_table()
+            parts.append(self._agreement_table())
         if self.departure is not None:
             # Names of nodes and files are no markup.
-            yield from map(Text, self._departure_lines(self.departure))
-        yield "Result: " + ("equal within rounding" if self.ok else "DIFFERENT")
-
-    def __str__(self) -> str:
-        return as_text(self, width=128)
+            parts += map(Text, self._departure_lines(self.departure))
+        return Group(*parts, "Result: " + ("equal within rounding" if self.ok else "DIFFERENT"))
 
     def _output_table(self) -> Table:
         table = Table(title="The same function on every side?", title_justify="left")
@@ -221,13 +214,3 @@ class VerifyReport:
 
 def _count(non_finite: int) -> str:
     return f", {non_finite} NaN or infinite" if non_finite else ""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -11,9 +11,11 @@ from torch.utils import _pytree as pytree
 
 from ..errors import QATError
 from ..export.inputs import call_arguments, output_names, run
+from ..nn.add import fusing_adds
 from ..support.inputs import tensors
+from ..support.modes import looking_at
 from .differences import TIE, ParityReport
-from .onnx_parity import _evaluating, _float32, parity
+from .onnx_parity import _float32, parity
 from .reference import Reference
 
 
@@ -34,7 +36,7 @@ class Model:
     def outputs(self, inputs: Any, argument: str) -> dict[str, np.ndarray]:
         """The outputs, under the names that the graph gives them."""
         args, kwargs = call_arguments(self.on_device(inputs), argument)
-        with _evaluating(self.model, fuse_adds=self.fuse_adds), torch.no_grad(), _float32():
+        with looking_at(self.model), fusing_adds(self.model, self.fuse_adds), _float32():
             output = run(self.model, args, kwargs, argument)
         arrays = [tensor.detach().cpu().numpy() for tensor in tensors(output)]
         if len(arrays) != len(self.graph.outputs):

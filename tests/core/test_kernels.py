@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from interpreter import INTERPRETED, run_interpreted
+from interpreter import INTERPRETED, crossed, run_interpreted
 
 import qat
 import qat.core.kernels
@@ -47,19 +47,26 @@ def device(request, monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
-@pytest.mark.parametrize("chosen", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
-def test_all_in_tritons_interpreter(chosen):
-    run_interpreted(__file__, chosen)
+def test_in_tritons_interpreter():
+    run_interpreted(__file__, "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_all_in_tritons_interpreter(dtype):
+    run_interpreted(__file__, dtype, every=True)
 
 
 LAYOUTS = {
+    "channels-last": lambda x: x.to(memory_format=torch.channels_last),
     "one element": lambda x: x.flatten()[:1],
     "vector": lambda x: x.flatten()[:37],
     "contiguous": lambda x: x,
-    "channels-last": lambda x: x.to(memory_format=torch.channels_last),
     "transposed": lambda x: x.transpose(0, 3),
     "with gaps": lambda x: x[:, :, ::2, 1:],
     "expanded": lambda x: x[:, :1].expand(-1, 5, -1, -1),
+    "four blocks": lambda x: x.repeat(2, 1, 3, 1),
     "many blocks": lambda x: x.repeat(4, 2, 3, 3),
     "long rows": lambda x: x.repeat(1, 2, 3, 3),
 }
@@ -93,9 +100,9 @@ def same_bits(a, b):
 
 
 @on_all
-@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
-@pytest.mark.parametrize("axis", [None, 0, -1])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "axis", "fmt"), crossed(LAYOUTS, [None, 0, -1], [INT8, INT4], slow=["many blocks"]), ids=str
+)
 def test_kernels_give_the_bits_of_the_composite(device, layout, axis, fmt):
     x = LAYOUTS[layout](values(*device))
     generator = torch.Generator().manual_seed(1)
@@ -108,8 +115,9 @@ def test_kernels_give_the_bits_of_the_composite(device, layout, axis, fmt):
     assert found[0].stride() == torch.empty_like(x).stride()
 
 
-LEARNED = [(None, layout) for layout in ("one element", "vector", "channels-last", "with gaps", "many blocks")]
-LEARNED += [(0, layout) for layout in ("contiguous", "channels-last", "many blocks", "long rows")]
+LEARNED = [(None, layout) for layout in ("one element", "vector", "channels-last", "with gaps", "four blocks")]
+LEARNED += [(0, layout) for layout in ("contiguous", "channels-last", "four blocks", "long rows")]
+LEARNED += [pytest.param(axis, "many blocks", marks=pytest.mark.slow) for axis in (None, 0)]
 
 
 @on_all
@@ -178,9 +186,15 @@ def sums(function, a, b, grad):
 
 
 @on_all
-@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
-@pytest.mark.parametrize("only_a", [False, True])
-@pytest.mark.parametrize("layout", ["one element", "vector", "contiguous", "channels-last", "many blocks"])
+@pytest.mark.parametrize(
+    ("layout", "only_a", "fmt"),
+    crossed(
+        ["channels-last", "one element", "vector", "contiguous", "four blocks", "many blocks"],
+        *([False, True], [INT8, INT4]),
+        slow=["many blocks"],
+    ),
+    ids=str,
+)
 def test_sum_in_one_pass_has_the_bits_of_three(device, layout, only_a, fmt):
     a = LAYOUTS[layout](values(*device))
     b = LAYOUTS[layout](values(*device).flip(0, 2, 3).contiguous())
@@ -239,7 +253,9 @@ def test_residual_block_adds_in_one_pass(device, shared, monkeypatch):
     name, dtype = device
     model, x = Block().to(name, dtype), values(name, dtype).nan_to_num(1.0, 2.0, -2.0)
     qat.prepare(model, qat.QuantConfig(head=()))
-    qat.calibrate(model, [x], method="max", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(qat.core.kernels, "runs_triton", lambda *tensors: False)
+        qat.calibrate(model, [x], method="max", progress=False)
     model.train()
     found, counted = [], []
     real = qat.core.kernels.fake_quantize_add
@@ -352,9 +368,7 @@ WEIGHTS = {
 
 
 @on_all
-@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
-@pytest.mark.parametrize("axis", [None, 0])
-@pytest.mark.parametrize("layout", WEIGHTS)
+@pytest.mark.parametrize(("layout", "axis", "fmt"), crossed(WEIGHTS, [0, None], [INT8, INT4]), ids=str)
 def test_weight_with_the_range_that_follows_it(device, layout, axis, fmt):
     x = values(*device).nan_to_num(0.5, 1.0, -1.0).clamp(-9, 9)
     x[-1] = 0  # the smallest scale
@@ -422,9 +436,11 @@ LAYERS = {
 
 
 @on_float32
-@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",)], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "with gaps"])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("layout", "kind", "frozen"),
+    crossed(["channels-last", "contiguous", "with gaps"], LAYERS, [(), ("weight",), ("bias",)]),
+    ids=str,
+)
 def test_a_layer_in_one_function_is_the_layer_in_three(device, kind, layout, frozen, monkeypatch):
     name, dtype = device
     torch.manual_seed(0)

@@ -439,9 +439,11 @@ def test_sites_that_eval_mode_does_not_reach_need_no_range(tmp_path):
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_not_prepared(tmp_path):
-    with pytest.raises(qat.QATError, match=r"not prepared.*qat\.prepare"):
-        qat.export_onnx(TinyResNet(), tmp_path / "m.onnx", images(1))
+@pytest.mark.parametrize("argument", ["int8_weights", "fuse_adds", "half_scales"])
+def test_arguments_about_quantization_need_a_prepared_model(tmp_path, argument):
+    with pytest.raises(qat.QATError, match=rf"{argument}=True: is about quantized layers.*qat\.prepare"):
+        qat.export_onnx(TinyResNet(), tmp_path / "m.onnx", images(1), precision="fp16", **{argument: True})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_not_calibrated_lists_the_sites(tmp_path):
@@ -498,6 +500,11 @@ def test_bad_arguments(model, tmp_path, arguments, message):
 def test_example_without_tensor(model, tmp_path):
     with pytest.raises(qat.QATError, match="example_inputs: no tensor"):
         qat.export_onnx(model, tmp_path / "m.onnx", ())
+
+
+def test_example_without_samples(model, tmp_path):
+    with pytest.raises(qat.QATError, match="example_inputs: a batch without samples"):
+        qat.export_onnx(model, tmp_path / "m.onnx", images(1)[:0])
 
 
 def test_unwritable_paths(model, tmp_path):

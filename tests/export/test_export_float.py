@@ -1,4 +1,6 @@
-"""export_float: the baseline file that an INT8 engine is compared with."""
+"""Float files: the baseline that an INT8 engine is compared with, by export_float and by export_onnx of a float model."""
+
+import warnings
 
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ from torchvision.models import mobilenet_v2
 
 import qat
 from qat.export import export_float
+from qat.graph.check import check_onnx
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +153,49 @@ def test_prepared_model_is_refused(tmp_path):
     with pytest.raises(qat.QATError, match=r"prepared.*qat\.export_onnx"):
         export_float(tiny(), tmp_path / "m.onnx", images(1))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_onnx_of_a_float_model_writes_the_same_file_and_warns(tmp_path):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), images(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        meant = export_float(net, tmp_path / "float.onnx", x)
+    with pytest.warns(UserWarning, match=r"not prepared, so this is a float file.*qat\.prepare.*export_float") as caught:
+        path = qat.export_onnx(net, tmp_path / "m.onnx", x)
+    assert caught[0].filename == __file__
+    assert path.read_bytes() == meant.read_bytes()
+
+
+def test_a_float_file_takes_the_arguments_that_are_not_about_quantization(tmp_path):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 40)).eval(), torch.rand(2, 3, 8, 8)
+    options = {
+        "input_names": ["picture"],
+        "output_names": ["scores"],
+        "external_data": True,
+        "precision": "fp16",
+        "half_io": True,
+    }
+    with pytest.warns(UserWarning, match="float file"):
+        path = qat.export_onnx(net, tmp_path / "m.onnx", x, **options)
+    graph = onnx.load(path).graph
+    assert ([v.name for v in graph.input], [v.name for v in graph.output]) == (["picture"], ["scores"])
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    assert (tmp_path / "m.onnx.data").exists()
+
+
+def test_reports_say_that_nothing_is_quantized(tmp_path):
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), images(2)
+    path = export_float(net, tmp_path / "float.onnx", x)
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert metadata == {"qat.sites": "{}", "qat.precision": "fp32"}
+    assert [(finding.level, finding.rule) for finding in check_onnx(path)] == [("note", "no-qdq")]
+    report = qat.parity(net, path, x)
+    assert not report.is_quantized
+    assert "A float file: nothing in it is quantized" in str(report)
+
+
+def test_reports_of_a_quantized_file_do_not(tmp_path):
+    model, x = tiny(), images(2)
+    report = qat.parity(model, qat.export_onnx(model, tmp_path / "m.onnx", x), x)
+    assert report.is_quantized
+    assert "float file" not in str(report)

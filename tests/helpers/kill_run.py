@@ -11,11 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_nets import IMAGES, LABELS, Lit
+from lightning_package import callbacks as C
+from lightning_package import pl
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat
@@ -23,7 +22,7 @@ import qat
 EPOCHS = 4
 
 
-class Announced(TorchCheckpointIO):
+class Announced(pl.plugins.io.TorchCheckpointIO):
     """Tells when a checkpoint is being written."""
 
     def __init__(self, tell):
@@ -77,7 +76,7 @@ def train(folder, tell):
         qat.QATCallback({"learn_scales": True}, calibration={"progress": False}, forward=forward, freeze_ranges_epoch=2),
         Told(tell),
         # After the validation of each epoch, so that its loss is in the checkpoint of that epoch.
-        ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True),
+        C.ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True),
     ]
     last = Path(folder) / "last.ckpt"
     trainer = pl.Trainer(

@@ -1,8 +1,8 @@
 """A LightningModule, data and callbacks that the tests of the callback share."""
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch import callbacks as C
+from lightning_package import callbacks as C
+from lightning_package import pl
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy

@@ -1,5 +1,9 @@
 """What works together with the callback: one run each, the rows of the matrix."""
 
+import contextlib
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -7,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import callbacks as C
 from lightning_nets import Lit, callback, loader, make_net, make_trainer
+from lightning_package import callbacks as C
 from torch import nn
 
 from qat.lightning.targets import prepare_module
@@ -122,13 +126,11 @@ class Feature:
 
 
 class Distributed(Feature):
-    """The same in two processes, in which ``matrix_run.py`` calls :meth:`run_here`."""
+    """The same in two processes, in which ``matrix_run.py`` has called :meth:`run_here` before."""
 
     def fit(self, folder):
-        name = next(name for name, feature in FEATURES.items() if feature is self)
-        command = [sys.executable, str(Path(__file__).with_name("matrix_run.py")), name, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        said = (folder / "said.txt").read_text(encoding="utf-8", errors="replace")
+        assert (folder / "test-1.pt").exists(), f"did not end\n{said[-3000:]}"
         return self._module("fit", folder)
 
     def resume(self, folder):
@@ -150,6 +152,28 @@ class Distributed(Feature):
         """The states of the modules of each method, in one of the processes."""
         here = replace(Feature(**vars(self)), trainer={"strategy": "ddp", **self.trainer, "devices": PROCESSES})
         return {method: getattr(here, method)(folder).state_dict() for method in ("fit", "resume", "test")}
+
+
+def run_distributed(folder):
+    """Run the rows in two processes, all in one start of them, and in a new one behind a row that fails."""
+    left = [name for name, feature in FEATURES.items() if isinstance(feature, Distributed)]
+    while left:
+        for name in left:
+            (folder / name).mkdir(exist_ok=True)
+        command = [sys.executable, str(Path(__file__).with_name("matrix_run.py")), str(folder), *left]
+        with (folder / "said.txt").open("wb") as said:
+            process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(600)
+            # With the process that Lightning started.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        done = [all((folder / name / f"test-{rank}.pt").exists() for rank in range(PROCESSES)) for name in left]
+        reached = left[: [*done, False].index(False) + 1]
+        for name in reached:
+            shutil.copy(folder / "said.txt", folder / name)
+        left = left[len(reached) :]
 
 
 PROCESSES = 2

@@ -4,13 +4,13 @@ import copy
 from itertools import pairwise
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import numpy as np
 import onnx
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning_nets import IMAGES, LABELS, Lit, Spy, callback, fit, loader, make_net, make_trainer, ranges
+from lightning_package import callbacks as C
+from lightning_package import pl
 from ort import open_as_written
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -628,26 +628,24 @@ def test_prepared_model_with_another_config_raises():
 
 def test_averaging_listed_before_raises():
     with pytest.raises(qat.QATError, match="list QATCallback before EMAWeightAveraging"):
-        fit(Lit(), EMAWeightAveraging(), callback())
+        fit(Lit(), C.EMAWeightAveraging(), callback())
 
 
 def test_averaging_listed_after_trains():
     lit = Lit()
-    fit(lit, callback(), EMAWeightAveraging())
+    fit(lit, callback(), C.EMAWeightAveraging())
     assert all(site.has_range for _, site in quantizers(lit))
 
 
 def test_stochastic_weight_averaging_with_frozen_statistics_raises():
     with pytest.raises(qat.QATError, match=r"resets the batch-norm statistics.*freeze_bn_epoch=None"):
-        fit(Lit(), callback(), StochasticWeightAveraging(0.01))
+        fit(Lit(), callback(), C.StochasticWeightAveraging(0.01))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed", "model_parallel"])
 def test_sharding_strategies_are_refused(strategy):
-    from lightning.pytorch import strategies
-
     name = {"fsdp": "FSDPStrategy", "deepspeed": "DeepSpeedStrategy", "model_parallel": "ModelParallelStrategy"}[strategy]
-    cls = getattr(strategies, name)
+    cls = getattr(pl.strategies, name)
     trainer = make_trainer()
     # Constructing one needs its own packages and devices; only its class matters here.
     trainer.strategy.__class__ = type("Fake", (cls,), {})

@@ -8,19 +8,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import callbacks as C
 from lightning_nets import IMAGES, Lit, callback, loader, make_trainer
-from matrix_features import FEATURES, Late
+from lightning_package import callbacks as C
+from matrix_features import FEATURES, Distributed, Late, run_distributed
 
 import qat
 from qat.core.quantizer import State, quantizers
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    """The folder with a folder of each row that runs in several processes."""
+    folder = tmp_path_factory.mktemp("distributed")
+    run_distributed(folder)
+    return folder
 
 
 @pytest.fixture(scope="module", params=FEATURES)
 def case(request, tmp_path_factory):
     """The feature, a run without interruption, and the folder of its checkpoints."""
     feature = FEATURES[request.param]
-    folder = tmp_path_factory.mktemp("matrix")
+    if isinstance(feature, Distributed):
+        folder = request.getfixturevalue("distributed") / request.param
+    else:
+        folder = tmp_path_factory.mktemp("matrix")
     return feature, feature.fit(folder), folder
 
 

@@ -3,12 +3,9 @@
 import fractions
 from random import Random
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import callbacks as C
-from lightning.pytorch.loggers import CSVLogger
 from lightning_nets import (
     IMAGES,
     LABELS,
@@ -24,6 +21,8 @@ from lightning_nets import (
     outputs,
     ranges,
 )
+from lightning_package import callbacks as C
+from lightning_package import pl
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -236,7 +235,7 @@ class Named(Lit):
 @pytest.mark.parametrize("named", [False, True])
 def test_groups_of_learned_ranges_have_names_of_their_own(named, tmp_path):
     lit = Named(named)
-    trainer = fit(lit, callback(learn_scales=True), C.LearningRateMonitor(), logger=CSVLogger(tmp_path))
+    trainer = fit(lit, callback(learn_scales=True), C.LearningRateMonitor(), logger=pl.loggers.CSVLogger(tmp_path))
     groups = trainer.optimizers[0].param_groups
     if named:
         names = {id(p): name for name, p in lit.named_parameters()}

@@ -4,12 +4,8 @@ import copy
 import csv
 import re
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch import callbacks as C
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning_nets import (
     IMAGES,
     LABELS,
@@ -27,6 +23,8 @@ from lightning_nets import (
     outputs,
     ranges,
 )
+from lightning_package import callbacks as C
+from lightning_package import pl
 from ort import open_as_written
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -512,7 +510,7 @@ def test_a_missing_folder_is_said_before_training(tmp_path):
     assert not lit.seen
 
 
-@pytest.mark.parametrize("kind", [BitsandbytesPrecision, TransformerEnginePrecision])
+@pytest.mark.parametrize("kind", [pl.plugins.precision.BitsandbytesPrecision, pl.plugins.precision.TransformerEnginePrecision])
 def test_precision_plugins_with_layers_of_their_own_are_refused(kind):
     trainer = make_trainer()
     # Without their packages, which must be installed to make one.
@@ -540,7 +538,7 @@ def test_max_steps_in_the_middle_of_an_epoch_end_it():
 @pytest.mark.parametrize("kind", ["summary", "sites", None])
 def test_what_a_logger_writes(kind, tmp_path):
     lit = Lit()
-    trainer = make_trainer(callback(log_ranges=kind), epochs=2, logger=CSVLogger(tmp_path, name="", version=""))
+    trainer = make_trainer(callback(log_ranges=kind), epochs=2, logger=pl.loggers.CSVLogger(tmp_path, name="", version=""))
     trainer.fit(lit, loader(False))
     path = tmp_path / "metrics.csv"
     if kind is None:

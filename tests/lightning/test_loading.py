@@ -5,12 +5,11 @@ import sys
 import textwrap
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningCLI
 from lightning_nets import IMAGES, Lit, callback, fit, loader, make_net, make_trainer
+from lightning_package import callbacks as C
+from lightning_package import part, pl
 from torch import nn
 
 import qat
@@ -110,7 +109,7 @@ def test_settings_that_a_checkpoint_does_not_hold_are_not_assumed_silently(train
 
 def test_model_checkpoint_of_weights_only(tmp_path):
     lit = Lit()
-    saver = ModelCheckpoint(tmp_path, "best", save_weights_only=True)
+    saver = C.ModelCheckpoint(tmp_path, "best", save_weights_only=True)
     fit(lit, callback(), saver, enable_checkpointing=True)
     assert torch.equal(qat.load_from_checkpoint(Lit, saver.best_model_path).eval()(IMAGES), lit.eval()(IMAGES))
 
@@ -241,13 +240,14 @@ def test_a_checkpoint_of_lightning_cli(subclasses, late, tmp_path):
     pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse[signatures]")
     path = tmp_path / "cli.ckpt"
     chosen = [f"--model={Chosen.__module__}.Chosen"] if subclasses else []
-    trained = LightningCLI(
+    cli = part("cli").LightningCLI(
         Sized if subclasses else Chosen,
         subclass_mode_model=subclasses,
         args=[*chosen, "--model.width=6", f"--model.late={late}", "--model.temperature=2"],
         run=False,
         save_config_callback=None,
-    ).model
+    )
+    trained = cli.model
     trainer = make_trainer(callback({"learn_scales": True}))
     trainer.fit(trained, loader())
     trainer.save_checkpoint(path)

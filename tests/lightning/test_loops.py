@@ -4,10 +4,10 @@ import re
 import textwrap
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from lightning_nets import IMAGES, LABELS, make_net
+from lightning_package import make_fabric, pl
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -27,15 +27,15 @@ def blocks():
 class Quiet:
     """Lightning with what a test run does not want to see or write, on a CPU."""
 
-    LightningModule = L.LightningModule
+    LightningModule = pl.LightningModule
     precision = "32-true"
 
     def Trainer(self, **given):
         off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-        return L.Trainer(accelerator="cpu", devices=1, precision=self.precision, **off, **given)
+        return pl.Trainer(accelerator="cpu", devices=1, precision=self.precision, **off, **given)
 
     def Fabric(self):
-        return L.Fabric(accelerator="cpu", devices=1, precision=self.precision)
+        return make_fabric(accelerator="cpu", devices=1, precision=self.precision)
 
 
 def run(code, precision="32-true"):

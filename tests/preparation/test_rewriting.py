@@ -285,6 +285,21 @@ def test_what_cannot_be_rewritten_is_left_alone_and_listed(block, why, x):
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
+class UntraceableTwice(Block):
+    def forward(self, x):
+        y = self.conv(x) + x
+        return y + x if x.sum() > 0 else torch.add(y, x, alpha=2)
+
+
+@pytest.mark.parametrize(("block", "count"), [(AliasedInPlace, 1), (Untraceable, 1), (UntraceableTwice, 2)])
+def test_every_addition_left_alone_is_a_row_of_its_own(block, count, x):
+    """Whatever keeps it in float, ``what`` is one word that a program can look for; an Add with alpha is none."""
+    report = qat.prepare(nn.Sequential(nn.Conv2d(3, 4, 1), block()), qat.QuantConfig(head=()))
+    rows = [item for item in report.left if item.path == "1"]
+    assert [item.what for item in rows] == ["addition"] * count
+    assert len({item.why for item in rows}) == count
+
+
 class UntraceableInPlace(Block):
     def forward(self, x):
         y = self.conv(x)

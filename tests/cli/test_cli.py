@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import export_nets
 import numpy as np
 import onnx
 import pytest
@@ -399,7 +401,7 @@ def user_module(tmp_path, monkeypatch):
     """A module of the user's in the current folder, which can make the model of these tests."""
     (tmp_path / "users_models.py").write_text(
         "import sys, pathlib\n"
-        f"sys.path.insert(0, {str(next(p for p in sys.path if p.endswith('tests')))!r})\n"
+        f"sys.path.insert(0, {str(Path(export_nets.__file__).parent)!r})\n"
         "from export_nets import images, tiny\n"
         "def quantized(): return tiny()\n"
         "def with_inputs(): return tiny(), images(1)\n"
