@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import QATError
+from ..graph.run import open_session, told
 from .cuda import CudaEvents
 from .target import Target, batch_of, nothing
 
@@ -83,28 +84,13 @@ def from_path(path: Path, stack: contextlib.ExitStack) -> Any:
     if not path.is_file():
         raise QATError(f"{path}: no such file")
     if path.suffix == ".onnx":
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise QATError(f"{path}: running ONNX needs ONNX Runtime: `pip install onnxruntime`") from error
-        try:
-            return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        except onnxruntime_errors() as error:
-            raise QATError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+        # With its optimizations: that is what it is measured for.
+        return open_session(path, as_written=False, blame=f"{path}: ONNX Runtime cannot load it")
     if path.suffix in PLANS:
         from ..tensorrt import load
 
         return stack.enter_context(load(path))
     raise QATError(f"{path}: expected an ONNX file (.onnx) or a plan ({', '.join(PLANS)})")
-
-
-def onnxruntime_errors() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises: its exceptions have no common base below ``Exception``."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    found = [value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception)]
-    # ValueError: inputs that do not fit.
-    return (*found, ValueError)
 
 
 def _session(session: Any, inputs: Any, batch: int | None) -> Target:
@@ -117,10 +103,8 @@ def _session(session: Any, inputs: Any, batch: int | None) -> Target:
         feeds = named([i.name for i in wanted], inputs)
     provider = session.get_providers()[0]
     notes = () if provider == "CPUExecutionProvider" else ("ONNX Runtime's run includes copies and waits for the GPU",)
-    try:
+    with told("ONNX Runtime cannot run the model with these inputs"):
         session.run(None, feeds)
-    except onnxruntime_errors() as error:
-        raise QATError(f"ONNX Runtime cannot run the model with these inputs: {error}") from error
     return Target(
         f"ONNX Runtime ({provider})",
         lambda: session.run(None, feeds),

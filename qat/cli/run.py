@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import QATError
 from .arguments import PLANS, inputs_option, runtime_option
 from .command import OK, Command
 from .inputs import by_name, load_inputs
@@ -48,17 +47,15 @@ def _run(args: argparse.Namespace) -> int:
 def _run_onnx(path: str, inputs: Any) -> dict[str, np.ndarray]:
     import contextlib
 
-    from ..bench.targets import from_path, onnxruntime_errors
+    from ..bench.targets import from_path
+    from ..graph.run import told
 
     with contextlib.ExitStack() as stack:
         session = from_path(Path(path), stack)
         names = [value.name for value in session.get_outputs()]
         feeds = by_name(inputs, [value.name for value in session.get_inputs()])
-        errors: tuple[type[Exception], ...] = (*onnxruntime_errors(), ValueError)
-        try:
+        with told(f"{path}: ONNX Runtime cannot run it on {_describe(feeds)}"):
             return dict(zip(names, session.run(names, feeds), strict=True))
-        except errors as error:
-            raise QATError(f"{path}: ONNX Runtime cannot run it on {_describe(feeds)}: {error}") from error
 
 
 def _describe(feeds: dict[str, np.ndarray]) -> str:

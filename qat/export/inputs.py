@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import QATError
+from ..graph import feeds
 from ..support.inputs import tensors
 
 
@@ -69,21 +69,8 @@ def graph_feeds(proto: onnx.ModelProto, args: tuple[Any, ...], kwargs: dict[str,
     """The graph's inputs: by name where a keyword argument has one's name, otherwise by position; in half if it wants that.
 
     Raises:
-        QATError: Naming ``argument`` if number or shapes do not fit.
+        QATError: Naming ``argument`` if number, shapes or types do not fit.
     """
-    values = tensors((args, kwargs))
-    graph_inputs = list(proto.graph.input)
-    names = [value.name for value in graph_inputs]
-    if len(values) != len(names):
-        raise QATError(f"{argument}: {len(values)} tensors, the ONNX file has {len(names)} inputs: {names}")
-    by_name = not args and set(kwargs) == set(names)
-    fed = {}
-    for given, value in zip(values, graph_inputs, strict=True):
-        array = (kwargs[value.name] if by_name else given).detach().cpu().numpy()
-        wanted = [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]
-        found = list(array.shape)
-        if len(wanted) != len(found) or any(isinstance(w, int) and w != f for w, f in zip(wanted, found, strict=True)):
-            raise QATError(f"{argument}: {value.name} has shape {found}, the ONNX file wants {wanted}")
-        dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        fed[value.name] = array.astype(dtype) if array.dtype == np.float32 else array
-    return fed
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    wanted = [value for value in proto.graph.input if value.name not in stored]
+    return feeds.graph_feeds(wanted, tensors((args, kwargs)), argument, named=None if args else kwargs)

@@ -12,9 +12,9 @@ from pathlib import Path
 import onnx
 
 from ..errors import QATError
-from .reading import read_model
+from .graph import Graph
+from .reading import read_model, refuse_invalid
 from .rules import RULES, TARGETS, Finding, Target
-from .view import View
 
 __all__ = ["TARGETS", "Finding", "check_onnx"]
 
@@ -53,19 +53,24 @@ def check_onnx(
     if sm is not None and (not isinstance(sm, int) or not 50 <= sm < 200):
         raise QATError(f"sm={sm!r}: pass a compute capability without its dot, such as 86")
     if isinstance(model, onnx.ModelProto):
-        view = View(model)
+        graph = _valid(model, None)
     else:
         path = Path(model)
         try:
-            view = View(read_model(path), str(path.resolve().parent))
+            graph = _valid(read_model(path), str(path.resolve().parent))
         except QATError as error:
             if str(path) in str(error):
                 raise
             raise QATError(f"{str(path)!r}: {error}") from error
     wanted = Target(target, sm)
-    found = [finding for rule in RULES for finding in rule(view, wanted)]
-    order = {name: i for i, node in reversed(list(enumerate(view.nodes))) for name in (node.name, _stand_in(node))}
-    return sorted(found, key=lambda finding: order.get(finding.node, len(view.nodes)))
+    found = [finding for rule in RULES for finding in rule(graph, wanted)]
+    order = {name: i for i, node in reversed(list(enumerate(graph.nodes))) for name in (node.name, _stand_in(node))}
+    return sorted(found, key=lambda finding: order.get(finding.node, len(graph.nodes)))
+
+
+def _valid(model: onnx.ModelProto, folder: str | None) -> Graph:
+    refuse_invalid(model, folder)
+    return Graph(model, folder)
 
 
 def _stand_in(node: onnx.NodeProto) -> str:

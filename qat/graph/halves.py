@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from ..errors import QATError
 from .precision import DQ, SMALLEST_HALF, Q, TypePlan, peak_of
+from .run import run_model
 
 LARGEST_HALF = float(np.finfo(np.float16).max)
 _LISTED = 10
@@ -50,7 +50,7 @@ def refuse_overflow(model: onnx.ModelProto, plan: TypePlan, feeds: Mapping[str, 
         model: The float32 graph, left as it is.
         plan: What becomes float16.
         feeds: The graph's inputs.
-        folder: Where the instrumented graph may be written.
+        folder: Where an instrumented graph of 2 GiB or more may be written.
 
     Raises:
         QATError: Naming nodes and magnitudes.
@@ -99,7 +99,7 @@ def count_changed_codes(
     Args:
         model: The float32 graph, left as it is.
         feeds: The graph's inputs.
-        folder: Where the instrumented graph may be written.
+        folder: Where an instrumented graph of 2 GiB or more may be written.
         element_type: The ONNX type of the scales.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -165,11 +165,5 @@ def _run(
     measured.graph.node.extend(nodes)
     measured.graph.initializer.extend(constants)
     measured.graph.output.extend(helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items())
-    # From a file: bytes end at 2 GiB.
-    path = folder / "measured.onnx"
-    onnx.save_model(measured, str(path), save_as_external_data=True)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return dict(zip(outputs, session.run(list(outputs), dict(feeds)), strict=True))
+    blame = "the float32 graph: ONNX Runtime does not run it on the example inputs"
+    return run_model(measured, feeds, wanted=outputs, blame=blame, scratch=folder)

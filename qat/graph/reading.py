@@ -19,11 +19,26 @@ _SMALL = 65536
 _PROTOBUF_LIMIT = 2**31
 
 
-def read_model(path: str | os.PathLike[str]) -> ModelProto:
+def load_model(path: str | os.PathLike[str]) -> ModelProto:
+    """The model of a file with all its weights.
+
+    Raises:
+        QATError: As :func:`read_model`, or if external data cannot be read.
+    """
+    model = read_model(path)
+    try:
+        onnx.external_data_helper.load_external_data_for_model(model, str(Path(path).resolve().parent))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise QATError(f"{str(path)!r}: its external data cannot be read: {error}. Copy it again") from error
+    return model
+
+
+def read_model(path: str | os.PathLike[str], *, needs_data: bool = True) -> ModelProto:
     """The model of a file, external data left where it is.
 
     Args:
         path: An ONNX file.
+        needs_data: Whether external data must be there.
 
     Raises:
         QATError: If it is missing, no ONNX file, or names external data outside its own folder or that is not there.
@@ -45,7 +60,8 @@ def read_model(path: str | os.PathLike[str]) -> ModelProto:
         raise QATError(f"{str(path)!r} is no ONNX file: it holds no graph. Export it again")
     if not _is_text(model):
         raise QATError(f"{str(path)!r} is no ONNX file, or damaged: a name in it is no text. Export it again")
-    _check_external_data(model, file)
+    if needs_data:
+        check_external_data(model, file)
     return model
 
 
@@ -69,7 +85,12 @@ def _is_text(message: Message) -> bool:
     return True
 
 
-def _check_external_data(model: ModelProto, file: Path) -> None:
+def check_external_data(model: ModelProto, file: Path) -> None:
+    """Whether all that lies outside a model is beside its file, and nowhere else.
+
+    Raises:
+        QATError: Naming the tensor.
+    """
     folder = file.resolve().parent
     for tensor in _tensors(model.graph):
         if tensor.data_location != TensorProto.EXTERNAL:
@@ -142,15 +163,12 @@ def values(tensor: TensorProto, folder: str | None) -> np.ndarray | None:
         raise QATError(f"constant {tensor.name!r}: it does not hold what its shape says: {error}. Export it again") from error
 
 
-def outline(model: ModelProto, folder: str | None) -> ModelProto:
+def skeleton(model: ModelProto, folder: str | None) -> ModelProto:
     """A copy without large constants, which become inputs: what the checker and the inference of types need.
 
     Args:
         model: The model.
         folder: Where its external data lies; ``None`` if unknown.
-
-    Raises:
-        QATError: If the graph is invalid: cyclic, with a name used twice, an unknown operator or a missing input.
     """
     small = ModelProto()
     small.ir_version = model.ir_version
@@ -163,9 +181,9 @@ def outline(model: ModelProto, folder: str | None) -> ModelProto:
     graph.sparse_initializer.extend(model.graph.sparse_initializer)
     for value in model.graph.output:
         graph.output.add().CopyFrom(value)
+        # Those of the file may be wrong; true ones are inferred.
         if value.type.HasField("tensor_type"):
-            # The checker wants a shape, be it one of rank 0; the true one is inferred.
-            graph.output[-1].type.tensor_type.shape.SetInParent()
+            graph.output[-1].type.tensor_type.ClearField("shape")
     given = {value.name for value in graph.input}
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL and (loaded := values(tensor, folder)) is not None:
@@ -175,12 +193,27 @@ def outline(model: ModelProto, folder: str | None) -> ModelProto:
                 graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
         else:
             graph.initializer.append(tensor)
+    return small
+
+
+def refuse_invalid(model: ModelProto, folder: str | None) -> None:
+    """Look at a model without its weights.
+
+    Args:
+        model: The model.
+        folder: Where its external data lies; ``None`` if unknown.
+
+    Raises:
+        QATError: If the graph is invalid: cyclic, with a name used twice, an unknown operator or a missing input.
+    """
+    small = skeleton(model, folder)
+    for value in small.graph.output:
+        if value.type.HasField("tensor_type"):
+            # The checker wants a shape, be it one of rank 0.
+            value.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(small)
     # A message that quotes a damaged name cannot be decoded.
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
         first = next(iter(str(error).strip().splitlines()), "invalid").rstrip(". ")
         raise QATError(f"the graph is no valid ONNX: {first}. Export it again") from error
-    for value in graph.output:
-        value.type.tensor_type.ClearField("shape")
-    return small

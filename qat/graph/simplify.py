@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, TensorProto
 
 from ..errors import QATError
 from .check import check_onnx
-from .reading import read_model
+from .graph import reads
+from .reading import load_model, read_model
+from .run import run_model
 from .samples import random_inputs
 from .writing import check_model_target, model_draft
 
@@ -141,7 +142,7 @@ def simplify(
     if out is not None:
         check_model_target(out, external_data=external)
     findings = check_onnx(source)
-    original = onnx.load_model(str(source), format="protobuf")
+    original = load_model(source)
     _name_nodes(original)
     slimmed = _slim(original, source)
     merged = _explain(original, slimmed, source)
@@ -242,17 +243,8 @@ def _live(model: ModelProto) -> set[str]:
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):
             live.add(node.name)
-            needed.update(_reads(node))
+            needed.update(reads(node))
     return live
-
-
-def _reads(node: NodeProto) -> Iterator[str]:
-    yield from node.input
-    for attribute in node.attribute:
-        for subgraph in (attribute.g, *attribute.graphs):
-            for inner in subgraph.node:
-                yield from _reads(inner)
-            yield from (value.name for value in subgraph.output)
 
 
 def _keep_metadata(original: ModelProto, slimmed: ModelProto, merged: Mapping[str, str | None]) -> None:
@@ -287,23 +279,9 @@ def _compare(source: Path, file: Path, feeds: dict[str, np.ndarray]) -> dict[str
 
 
 def _run(path: Path, feeds: dict[str, np.ndarray], source: Path) -> dict[str, np.ndarray]:
-    import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    options = onnxruntime.SessionOptions()
+    blame = f"{str(source)!r}: ONNX Runtime cannot run it, so it cannot be compared"
     # Its own rewrites would blur the comparison.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    known = (kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception))
-    errors: tuple[type[Exception], ...] = (*known, ValueError)
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        names = [value.name for value in session.get_outputs()]
-        return dict(zip(names, session.run(names, feeds), strict=True))
-    except errors as error:
-        raise QATError(
-            f"{str(source)!r}: ONNX Runtime cannot run it, so it cannot be compared: {error}. Check inputs"
-        ) from error
+    return run_model(path, feeds, blame=blame, remedy=". Check inputs")
 
 
 def _difference(reference: np.ndarray, result: np.ndarray) -> float:

@@ -193,10 +193,10 @@ def _observe(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[Tens
 def _graph_values(
     onnx_path: str | os.PathLike[str], example_inputs: Any, among: Mapping[str, Any] | None
 ) -> dict[str, np.ndarray]:
-    from ..graph.run import Graph
     from ..verify.feeds import graph_feeds
+    from ..verify.reference import Reference
 
-    graph = Graph(onnx_path)
+    graph = Reference(onnx_path)
     feeds = graph_feeds(graph, example_inputs, "example_inputs")
     names = [name for node in graph.nodes for name in node.output if name in graph.depends_on_input and graph.is_float(name)]
     wanted = [name for name in names if among is None or name in among]

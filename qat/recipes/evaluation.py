@@ -7,15 +7,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..graph import run
 from ..support.modes import looking_at
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 
 @dataclass(frozen=True)
@@ -48,21 +51,15 @@ def accuracy(predicted: NDArray[Any], labels: NDArray[Any]) -> Accuracy:
     return Accuracy(top1, float(np.sqrt(top1 * (1 - top1) / len(hit))), float(np.mean(recall)), len(hit))
 
 
-def open_session(path: str | Path, *, as_written: bool = False) -> onnxruntime.InferenceSession:
+def open_session(path: str | Path, *, as_written: bool = False) -> InferenceSession:
     """An ONNX Runtime session on the CPU, with as many threads as PyTorch uses.
 
     Args:
         path: The ONNX file.
-        as_written: Run Q/DQ nodes as the file has them, in float. Otherwise they may become integer kernels of the CPU,
-            which are faster and round differently from TensorRT.
+        as_written: As for :func:`qat.graph.run.open_session`.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     # OMP_NUM_THREADS and the processes beside this one then count for both runtimes.
-    options.intra_op_num_threads = torch.get_num_threads()
-    if as_written:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return run.open_session(path, as_written=as_written, threads=torch.get_num_threads())
 
 
 def predict_onnx(path: str | Path, batches: Iterable[tuple[Any, Any]]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -41,7 +41,7 @@ MODULES = {
     "export.rules.losses": "graph.rules.losses",
     "export.rules.notes": "graph.rules.notes",
     "export.samples": "graph.samples",
-    "export.view": "graph.view",
+    "export.view": "graph.graph",
     "files": "support.tensor_files",
     "inputs": "support.inputs",
     "kernels": "core.kernels",
@@ -67,7 +67,7 @@ MODULES = {
     "tensorrt.sites": "graph.wishes",
     "text": "support.text",
     "triton_kernels": "core.triton_kernels",
-    "verify.graph": "graph.run",
+    "verify.graph": "verify.reference",
     "verify.report": "verify.outcome",
 }
 
@@ -79,6 +79,7 @@ NAMES = {
     "export.check_onnx": "graph.check.check_onnx",
     "export.parity": "verify.onnx_parity.parity",
     "export.simplify": "graph.simplify.simplify",
+    "tensorrt.Site": "tensorrt.inspection.InspectedNode",
 }
 _PACKAGE = __name__.partition(".")[0]
 

@@ -6,15 +6,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import QATError
-from .cuda import Buffer
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .cuda import Buffer, Cuda
+from .log import BuildLog
+from .runtime import Runtime
 
 # TensorRT's names of the types that arrays can have. NumPy has no bfloat16.
 _DTYPES: dict[str, np.dtype[Any] | str] = {
@@ -72,7 +71,27 @@ def is_torch(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def create_context(engine: Engine) -> Any:
+class Runnable(Protocol):
+    """What a context needs to know of its :class:`qat.tensorrt.Engine`."""
+
+    @property
+    def handle(self) -> Any: ...
+    @property
+    def cuda(self) -> Cuda: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def runtime(self) -> Runtime: ...
+    @property
+    def load_log(self) -> BuildLog: ...
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]: ...
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]: ...
+    def give_up_context(self) -> bool: ...
+
+
+def create_context(engine: Runnable) -> Any:
     """TensorRT's own ``IExecutionContext``.
 
     Raises:
@@ -92,12 +111,12 @@ def create_context(engine: Engine) -> Any:
     return context
 
 
-def _lacks_profile(context: Any, engine: Engine) -> bool:
+def _lacks_profile(context: Any, engine: Runnable) -> bool:
     """Whether the context cannot run: up to 8.6 others may hold what tells the range of shapes, where there is a range."""
     return context.active_optimization_profile < 0 and any(info.min != info.max for info in engine.inputs)
 
 
-def shaped_context(engine: Engine) -> Any:
+def shaped_context(engine: Runnable) -> Any:
     """A context whose inputs have the shapes that the engine is tuned for.
 
     Raises:
@@ -120,7 +139,7 @@ class ExecutionContext:
             the arrays that :meth:`download` fills.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Runnable) -> None:
         # Not the engine itself, which may hold this context: memory of a circle would be freed late.
         self._context = create_context(engine)
         self._cuda, self._device, self._log = engine.cuda, engine.device, engine.load_log

@@ -1,234 +1,26 @@
-"""What an engine runs in INT8, what it doesn't, and why."""
+"""``inspect``: the layers of an engine beside the graph that it was built from."""
 
 from __future__ import annotations
 
-import glob
-import json
+import importlib.util
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QATError
-from ..graph.wishes import Graph, Wish, between
+from .inspection import InspectedNode, Inspection, shorten
 from .layers import EngineLayer, Listing, read_json, read_log, with_times
 
 if TYPE_CHECKING:
     import onnx
-    from rich.console import Console, ConsoleOptions, RenderResult
 
-_PLURAL = {"conv": "convs", "linear": "linears", "add": "Adds", "gate": "gates", "pool": "poolings"}
+    from ..graph.graph import Graph
+    from ..graph.wishes import Wish
 
-
-@dataclass(frozen=True)
-class Site:
-    """An ONNX node that the graph wants in INT8, or an Add, gate or pooling, and what became of it.
-
-    Attributes:
-        node: Name of the ONNX node.
-        op: Its operator.
-        group: ``"conv"``, ``"linear"`` (Gemm and MatMul), ``"add"``, ``"gate"`` (a product of two) or ``"pool"``.
-        state: ``"int8"``, ``"float"``, ``"fused"`` (an Add, gate or pooling that costs no kernel of its own), ``"own"`` (an Add
-            that does) or ``"unknown"``.
-        layer: Index of its layer, ``None`` if no layer names it.
-        reason: Why it does not run in INT8, or is not fused; ``None`` if it does.
-    """
-
-    node: str
-    op: str
-    group: str
-    state: str
-    layer: int | None
-    reason: str | None
-
-    @property
-    def is_good(self) -> bool:
-        """Whether it runs in INT8 or is fused."""
-        return self.state in ("int8", "fused")
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What :func:`inspect` found; prints as a table.
-
-    Attributes:
-        layers: In the order in which they run.
-        sites: Nodes of the ONNX graph, ``None`` if it was not at hand.
-        io: Names of the engine's inputs and outputs.
-        target: What it was built for, such as ``"SM86"``; ``None`` for the local GPU.
-        runtime: Name and version of TensorRT, as far as known.
-    """
-
-    layers: tuple[EngineLayer, ...]
-    sites: tuple[Site, ...] | None
-    io: frozenset[str] = frozenset()
-    target: str | None = None
-    runtime: str = ""
-
-    @property
-    def coverage(self) -> str:
-        """One line, such as "20 of 20 quantized convs run in INT8, 8 of 8 Adds fused"."""
-        if self.sites is None:
-            products = [layer for layer in self.layers if layer.is_mac]
-            count = sum(layer.is_int8 for layer in products)
-            regions = sum(layer.is_region for layer in self.layers)
-            inside = f", {regions} Myelin region{'s' if regions > 1 else ''} not listed" if regions else ""
-            return f"{count} of {len(products)} kernels that multiply run in INT8{inside} (no ONNX graph to compare with)"
-        parts = []
-        for group in _PLURAL:
-            members = [site for site in self.sites if site.group == group]
-            if not members:
-                continue
-            good, unknown = sum(site.is_good for site in members), sum(site.state == "unknown" for site in members)
-            text = (
-                f"{good} of {len(members)} "
-                + {
-                    "conv": "quantized convs run in INT8",
-                    "linear": "quantized linears run in INT8",
-                    "add": "Adds fused",
-                    "gate": "gates in INT8 or fused",
-                    "pool": "poolings in INT8 or fused",
-                }[group]
-            )
-            parts.append(text + (f" ({unknown} unknown)" if unknown else ""))
-        return ", ".join(parts) or "the graph has no Q/DQ, so nothing was to run in INT8"
-
-    @property
-    def lost(self) -> tuple[Site, ...]:
-        """Convolutions and matrix products that the graph wants in INT8 and that don't run so, or can't be told."""
-        return tuple(site for site in self.sites or () if site.group in ("conv", "linear") and not site.is_good)
-
-    @property
-    def rules(self) -> list[dict[str, Any]]:
-        """What runs in float although quantized, as rules for ``qat.QuantConfig(rules=...)`` that leave it in float.
-
-        Its Q/DQ costs accuracy and conversions around it, and gains nothing on this GPU with this version.
-        """
-        # Nodes are named <module path>/<operator>.
-        paths = dict.fromkeys(site.node.rpartition("/")[0] for site in self.lost if site.state == "float")
-        return [{"match": glob.escape(path), "quantize": False} for path in paths if path]
-
-    @property
-    def reformats(self) -> tuple[EngineLayer, ...]:
-        """Layers that only copy, convert or pad."""
-        return tuple(layer for layer in self.layers if layer.is_reformat)
-
-    @property
-    def float_outputs(self) -> tuple[EngineLayer, ...]:
-        """INT8 convolutions and matrix products that write a float tensor which another layer reads.
-
-        On TensorRT-RTX these are all: a generated kernel behind each applies scales, activation and the next Q.
-        """
-        return tuple(
-            layer
-            for layer in self.layers
-            if layer.is_int8 and layer.output_precision != "INT8" and not any(out.name in self.io for out in layer.outputs)
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values."""
-        return {
-            "runtime": self.runtime,
-            "target": self.target,
-            "coverage": self.coverage,
-            "rules": self.rules,
-            "reformats": len(self.reformats),
-            "float_outputs": len(self.float_outputs),
-            "sites": None if self.sites is None else [asdict(site) for site in self.sites],
-            "layers": [
-                {
-                    **asdict(layer),
-                    "inputs": [tensor._asdict() for tensor in layer.inputs],
-                    "outputs": [tensor._asdict() for tensor in layer.outputs],
-                    "precision": layer.precision,
-                    "is_int8": layer.is_int8,
-                }
-                for layer in self.layers
-            ],
-            "io": sorted(self.io),
-        }
-
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """The same as JSON."""
-        return json.dumps(self.to_dict(), indent=indent)
-
-    def to_png(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the layers in their order into a file; needs matplotlib. See :func:`qat.tensorrt.picture.draw`."""
-        from .picture import draw
-
-        return draw(self, path)
-
-    def __str__(self) -> str:
-        rows = [self._columns(), *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        table = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-        return "\n".join([*table, "", *self._summary()])
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=self._title(), title_justify="left")
-        for column in self._columns():
-            table.add_column(
-                column, justify="right" if column in ("#", "ms") else "left", overflow="fold", no_wrap=column != "ONNX nodes"
-            )
-        for row, layer in zip(self._rows(), self.layers, strict=True):
-            style = "green" if layer.is_int8 else "dim" if layer.is_reformat else ""
-            # Not markup: names hold brackets.
-            table.add_row(*(Text(cell) for cell in row), style=style)
-        yield table
-        for line in self._summary():
-            yield Text(line)
-
-    def _title(self) -> str:
-        return ", ".join(part for part in (self.runtime, self.target, f"{len(self.layers)} layers") if part)
-
-    def _columns(self) -> list[str]:
-        return ["#", "kind", "in", "out", *(["ms"] if self._timed else []), "tactic", "ONNX nodes"]
-
-    @property
-    def _timed(self) -> bool:
-        return any(layer.time_ms is not None for layer in self.layers)
-
-    def _rows(self) -> Iterator[list[str]]:
-        for i, layer in enumerate(self.layers):
-            into = _types(tensor.dtype for tensor in layer.inputs)
-            if layer.is_mac and layer.weights and len(layer.inputs) == 1:
-                into += f" x {layer.weights}"
-            yield [
-                str(i),
-                layer.kind,
-                into,
-                _types(tensor.dtype for tensor in layer.outputs),
-                *([f"{layer.time_ms or 0.0:.4f}"] if self._timed else []),
-                _shorten(layer.tactic, 32),
-                _nodes(layer),
-            ]
-
-    def _summary(self) -> Iterator[str]:
-        yield self._title()
-        yield self.coverage
-        quantizing = sum(layer.kind == "Reformat" and not layer.name.startswith("Reformatting") for layer in self.reformats)
-        reformat_time = f", {sum(layer.time_ms or 0.0 for layer in self.reformats):.4f} ms" if self._timed else ""
-        own = f" ({quantizing} of them quantize or dequantize)" if quantizing else ""
-        yield f"{len(self.reformats)} reformat layers{own}{reformat_time}"
-        if any(layer.kind == "correlation" for layer in self.layers):
-            yield (
-                f"{len(self.float_outputs)} INT8 kernels write float: TensorRT-RTX finishes each in a generated kernel, "
-                "and an Add counts as fused if that kernel computes it"
-            )
-        else:
-            yield f"{len(self.float_outputs)} INT8 kernels write float"
-        for site in self.sites or ():
-            if site.reason is not None:
-                yield f"{site.node} ({site.op}): {site.reason}"
-        if self.rules:
-            count = len(self.rules)
-            what = "1 quantized layer runs" if count == 1 else f"{count} quantized layers run"
-            yield f"{what} in float here: for rules that leave them so, see Inspection.rules or qat inspect --rules"
+# Its name of before, which pickles may hold.
+Site = InspectedNode
 
 
 def inspect(
@@ -257,14 +49,24 @@ def inspect(
     Raises:
         QATError: If nothing lists the layers, or the build fails.
     """
-    listing, graph, built_for, title = _read(engine, onnx, target, runtime)
-    layers = listing.layers if times is None else with_times(listing.layers, times)
-    sites = None if graph is None else tuple(_sites(graph, layers, built_for))
-    return Inspection(layers, sites, listing.io, built_for, title)
+    read = _read(engine, onnx, target, runtime)
+    layers = read.listing.layers if times is None else with_times(read.listing.layers, times)
+    sites = None if read.graph is None else tuple(_sites(read.graph, layers, read.built_for, read.is_rtx))
+    return Inspection(layers, sites, read.listing.io, read.built_for, read.title)
 
 
-def _read(engine: Any, model: Any, target: str, runtime: Any) -> tuple[Listing, Graph | None, str | None, str]:
+@dataclass(frozen=True)
+class _Read:
     """Layers, graph, target and runtime of whatever was passed."""
+
+    listing: Listing
+    graph: Graph | None
+    is_rtx: bool
+    built_for: str | None = None
+    title: str = ""
+
+
+def _read(engine: Any, model: Any, target: str, runtime: Any) -> _Read:
     if hasattr(engine, "SerializeToString"):
         model = engine if model is None else model
         engine = engine.SerializeToString()
@@ -272,7 +74,8 @@ def _read(engine: Any, model: Any, target: str, runtime: Any) -> tuple[Listing, 
         path = Path(engine)
         if path.suffix in (".json", ".log", ".txt"):
             listing = _read_report(path)
-            return listing, None if model is None else _graph(model), None, ""
+            is_rtx = any(layer.kind == "correlation" for layer in listing.layers)
+            return _Read(listing, None if model is None else _graph(model), is_rtx)
         if path.suffix != ".onnx":
             from .engine import load
 
@@ -292,10 +95,12 @@ def _read(engine: Any, model: Any, target: str, runtime: Any) -> tuple[Listing, 
     built_for = built_for or (str(targets[0]) if len(targets) == 1 else None)
     if model is None:
         stored = getattr(engine, "onnx_path", None)
-        graph = _graph(stored) if stored is not None and Path(stored).is_file() and _onnx_module() is not None else None
+        is_there = stored is not None and Path(stored).is_file() and importlib.util.find_spec("onnx") is not None
+        graph = _graph(stored) if is_there else None
     else:
         graph = _graph(model)
-    return _layers_of(engine), graph, built_for, str(getattr(engine.runtime, "title", ""))
+    is_rtx = bool(getattr(engine.runtime, "is_rtx", False))
+    return _Read(_layers_of(engine), graph, is_rtx, built_for, str(getattr(engine.runtime, "title", "")))
 
 
 def _layers_of(engine: Any) -> Listing:
@@ -324,42 +129,46 @@ def _read_report(path: Path) -> Listing:
     return read_json(text) if path.suffix == ".json" else read_log([text.replace("\r\n", "\n")])
 
 
-def _onnx_module() -> Any | None:
-    try:
-        import onnx
-    except ModuleNotFoundError:
-        return None
-    return onnx
-
-
 def _graph(model: Any) -> Graph:
-    if hasattr(model, "graph"):
-        return Graph(model)
-    module = _onnx_module()
-    if module is None:
+    """The graph of a model, its bytes or its file."""
+    if importlib.util.find_spec("onnx") is None:
         raise QATError(
             "onnx: reading the graph needs the onnx package: `pip install onnx`. Without `onnx`, layers are told alone"
         )
+    import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+    from ..graph.graph import Graph
+    from ..graph.reading import check_external_data, read_model
+
+    if hasattr(model, "graph"):
+        return Graph(model)
+    if isinstance(model, bytes):
+        try:
+            return Graph(onnx.load_model_from_string(model))
+        except DecodeError as error:
+            raise QATError(f"onnx: the bytes: no ONNX model ({error}). Pass what the engine was built from") from error
+    path = Path(model)
+    proto = read_model(path, needs_data=False)
+    folder: str | None = str(path.resolve().parent)
     try:
-        if isinstance(model, bytes):
-            return Graph(module.load_model_from_string(model))
-        # Weights in other files are not needed.
-        return Graph(module.load(os.fspath(model), load_external_data=False))
-    except (DecodeError, OSError) as error:
-        name = "the bytes" if isinstance(model, bytes) else os.fspath(model)
-        raise QATError(f"onnx: {name}: no ONNX model ({error}). Pass what the engine was built from") from error
+        check_external_data(proto, path)
+    except QATError:
+        # Weights in other files are not needed, and not looked at where anything is wrong with them.
+        folder = None
+    return Graph(proto, folder)
 
 
 # What became of each node
 
 
-def _sites(graph: Graph, layers: tuple[EngineLayer, ...], target: str | None) -> Iterator[Site]:
+def _sites(graph: Graph, layers: tuple[EngineLayer, ...], target: str | None, is_rtx: bool) -> Iterator[InspectedNode]:
+    from ..graph.wishes import wishes
+
     if not graph.is_quantized:
         return
     where = _Where(graph, layers)
-    for wish in graph.wishes():
+    for wish in wishes(graph, rtx=is_rtx):
         if wish.group == "add":
             yield _add_site(wish, where)
         elif wish.group in ("gate", "pool"):
@@ -384,7 +193,7 @@ class _Where:
             if layer.is_region and layer.onnx_nodes:
                 # A region's name tells its ends, its metadata all nodes.
                 ends = layer.onnx_nodes == layer.fused
-                inside = between(graph, layer.onnx_nodes[0], layer.onnx_nodes[-1]) if ends else ()
+                inside = graph.names_between(layer.onnx_nodes[0], layer.onnx_nodes[-1]) if ends else ()
                 for name in (*inside, *layer.onnx_nodes):
                     self.regions.setdefault(name, i)
         self.all_regions = [i for i, layer in enumerate(layers) if layer.is_region]
@@ -402,10 +211,10 @@ class _Where:
             return None, f"inside one of {len(self.all_regions)} Myelin regions"
         else:
             return None
-        return index, f"inside a Myelin region, {_shorten(self.layers[index].name, 100)}"
+        return index, f"inside a Myelin region, {shorten(self.layers[index].name, 100)}"
 
 
-def _product_site(wish: Wish, where: _Where, target: str | None) -> Site:
+def _product_site(wish: Wish, where: _Where, target: str | None) -> InspectedNode:
     candidates = where.layers_of(wish.node)
     kernels = [i for i in candidates if where.layers[i].is_mac]
     # A kernel's tags may name its neighbours, too: the one that is called after the node comes first.
@@ -440,7 +249,7 @@ def _product_site(wish: Wish, where: _Where, target: str | None) -> Site:
     return _site(wish, "float", index, reason)
 
 
-def _add_site(wish: Wish, where: _Where) -> Site:
+def _add_site(wish: Wish, where: _Where) -> InspectedNode:
     candidates = where.layers_of(wish.node)
     for i in candidates:
         layer = where.layers[i]
@@ -455,7 +264,7 @@ def _add_site(wish: Wish, where: _Where) -> Site:
     return _site(wish, "unknown", None, "no layer names it")
 
 
-def _other_site(wish: Wish, where: _Where) -> Site:
+def _other_site(wish: Wish, where: _Where) -> InspectedNode:
     candidates = where.layers_of(wish.node)
     if not candidates:
         region = where.region_of(wish.node)
@@ -471,26 +280,5 @@ def _other_site(wish: Wish, where: _Where) -> Site:
     return _site(wish, "float", index, wish.obstacle or f"its {layer.kind} kernel reads {types}")
 
 
-def _site(wish: Wish, state: str, layer: int | None, reason: str | None = None) -> Site:
-    return Site(wish.node, wish.op, wish.group, state, layer, reason)
-
-
-# Text
-
-
-def _types(dtypes: Iterable[str]) -> str:
-    """Types with their number where it is above one: ``INT8, 2 FP16``."""
-    counts = Counter(dtype or "?" for dtype in dtypes)
-    return ", ".join(f"{count} {dtype}" if count > 1 else dtype for dtype, count in counts.items())
-
-
-def _nodes(layer: EngineLayer) -> str:
-    """The nodes without those of Q/DQ; these where there are no others."""
-    names = [name for name in layer.onnx_nodes if not name.endswith(("QuantizeLinear", "DequantizeLinear"))]
-    if layer.is_reformat and not layer.onnx_nodes:
-        return _shorten(layer.name, 100)
-    return _shorten(" + ".join(names or layer.onnx_nodes), 160) or _shorten(layer.name, 100)
-
-
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[len(text) - length // 2 :]}"
+def _site(wish: Wish, state: str, layer: int | None, reason: str | None = None) -> InspectedNode:
+    return InspectedNode(wish.node, wish.op, wish.group, state, layer, reason)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..errors import QATError
 from ..support.files import write_whole
 from .layers import EngineLayer
-
-if TYPE_CHECKING:
-    from .inspect import Inspection
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS = {
@@ -31,7 +29,33 @@ _HEIGHTS = {"product": 1.0, "add": 0.8, "other": 0.6, "reformat": 0.4}
 _STRIP = 0.12
 
 
-def draw(inspection: Inspection, path: str | os.PathLike[str], *, row_layers: int = _ROW_LAYERS) -> Path:
+class Node(Protocol):
+    """An ONNX node, and the index of its layer."""
+
+    @property
+    def group(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+
+
+class Drawable(Protocol):
+    """Layers, and what is told about them, as :class:`qat.tensorrt.Inspection` does."""
+
+    @property
+    def layers(self) -> tuple[EngineLayer, ...]: ...
+    @property
+    def sites(self) -> Sequence[Node] | None: ...
+    @property
+    def lost(self) -> Sequence[Node]: ...
+    @property
+    def runtime(self) -> str: ...
+    @property
+    def target(self) -> str | None: ...
+    @property
+    def coverage(self) -> str: ...
+
+
+def draw(inspection: Drawable, path: str | os.PathLike[str], *, row_layers: int = _ROW_LAYERS) -> Path:
     """Draw the layers of an engine as boxes, row under row.
 
     A box is as wide as its layer is long in time, or all are equally wide without a profile. Its colour is the type that it

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..errors import QATError
-from ..graph.run import Cut
 from .outcome import TensorCheck
+from .reference import Cut
 
 # So many tensors are marked at once. More would undo the fusions that are under suspicion.
 AT_ONCE = 8

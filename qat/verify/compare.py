@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import QATError
-from ..graph.run import Graph
 from .differences import TIE, Difference
 from .outcome import TensorCheck
+from .reference import Reference
 
 # Tolerated difference of two SQNRs in dB: both are single draws of which value falls to which side of a tie.
 SLACK = 6.0
@@ -73,7 +73,7 @@ class Judge:
         tolerance: A ``max_rel`` that is no loss.
     """
 
-    graph: Graph
+    graph: Reference
     feeds: Mapping[str, np.ndarray]
     half: bool
     only_loss: bool
@@ -81,8 +81,8 @@ class Judge:
 
     def __call__(self, found: Mapping[str, np.ndarray], tensors: list[str]) -> dict[str, TensorCheck]:
         """Compare tensors of an engine with ONNX Runtime's."""
-        sites = {name: site for name in tensors if (site := self.graph.site(name)) is not None}
-        reference = self.graph.run(self.feeds, [*tensors, *(site.x for site in sites.values())])
+        pairs = {name: pair for name in tensors if (pair := self.graph.pair(name)) is not None}
+        reference = self.graph.run(self.feeds, [*tensors, *(pair.x for pair in pairs.values())])
         if self.only_loss:
             others = [self.graph.run_unquantized(self.feeds, tensors)]
         else:
@@ -96,9 +96,9 @@ class Judge:
             bad = non_finite(reference[name], found[name])
             accepted = bad == 0 and within(error, limit, self.tolerance if self.only_loss else ROUNDING)
             share = largest = None
-            if name in sites and not bad:
-                scale = np.float64(sites[name].scale)
-                ratio = _wide(reference[sites[name].x]) / scale
+            if name in pairs and not bad:
+                scale = np.float64(pairs[name].scale)
+                ratio = _wide(reference[pairs[name].x]) / scale
                 steps = np.abs(np.rint(_wide(found[name]) / scale) - np.rint(_wide(reference[name]) / scale))
                 share, largest = float((steps > 0).mean()), int(steps.max(initial=0))
                 distance = np.abs(np.abs(ratio - np.floor(ratio)) - 0.5)[steps > 0]

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import QATError
-from ..graph.run import DQ, Graph
+from ..graph.graph import DQ
 from .bisect import Vanished, first_departure
 from .compare import SLACK, Judge, budget, difference, non_finite, within
 from .feeds import check_engine, run_engine
 from .outcome import Departure, OutputCheck, TensorCheck
+from .reference import Reference
+from .variants import is_rounded
 
 # So many layers at most are named to be kept in FP32: with more, FP16 is the wrong choice.
 _MAX_LAYERS = 8
@@ -56,8 +58,8 @@ class Diagnosis:
         progress: Told what is being done.
     """
 
-    reference: Graph
-    graph: Graph
+    reference: Reference
+    graph: Reference
     feeds: Mapping[str, np.ndarray]
     checks: Sequence[OutputCheck]
     build: Callable[..., Any]
@@ -152,7 +154,7 @@ class Diagnosis:
         return Departure(cause, check.node, detail, remedies, check, before)
 
 
-def losing_layers(graph: Graph, feeds: Mapping[str, np.ndarray], tolerance: float) -> list[str]:
+def losing_layers(graph: Reference, feeds: Mapping[str, np.ndarray], tolerance: float) -> list[str]:
     """The nodes whose rounding to FP16 costs more than INT8 itself, found in ONNX Runtime: no engine is built.
 
     The nodes are rounded from the first on, up to the one that spoils an output; that one is then left in float32, and so on.
@@ -160,7 +162,7 @@ def losing_layers(graph: Graph, feeds: Mapping[str, np.ndarray], tolerance: floa
     Returns:
         Names in the order of the graph; empty if all nodes together cost no more, or if too many would be needed.
     """
-    nodes = [node.name for node in graph.nodes if node.name and graph.is_rounded(node)]
+    nodes = [node.name for node in graph.nodes if node.name and is_rounded(graph, node)]
     expected, unquantized = graph.run(feeds), graph.run_unquantized(feeds)
     limits = {
         name: budget(difference(name, expected[name], unquantized[name], "ONNX Runtime"), tolerance) - SLACK

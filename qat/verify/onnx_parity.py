@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
@@ -33,6 +32,9 @@ from ..core.quantizer import Quantizer, State, WeightQuantizer, quantizers
 from ..errors import QATError
 from ..export.inputs import call_arguments, graph_feeds, output_names, run
 from ..export.pairs import SITES_KEY
+from ..graph.graph import Graph, Q
+from ..graph.reading import load_model
+from ..graph.run import marked, run_model
 from ..nn.add import fusing_adds
 from ..support.inputs import tensors
 from ..support.modes import hooked, looking_at
@@ -85,8 +87,8 @@ def parity(
     if not Path(file).is_file():
         raise QATError(f"path={file!r}: no such file. Run qat.export_onnx(model, path, example_inputs) first")
     args, kwargs = call_arguments(inputs, "inputs")
-    proto = onnx.load(file)
-    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    graph = Graph(load_model(file))
+    metadata = graph.metadata
     if SITES_KEY not in metadata:
         raise QATError(f"path={file!r}: not a file of qat.export_onnx, it does not say which node belongs to which site")
     nodes: dict[str, list[str]] = json.loads(metadata[SITES_KEY])
@@ -103,15 +105,16 @@ def parity(
         ):
             other_args, other_kwargs = pytree.tree_map(_other_layout, (args, kwargs))
             other = run(model, other_args, other_kwargs, "inputs")
-    feeds = graph_feeds(proto, args, kwargs, "inputs")
-    names = [value.name for value in proto.graph.output]
+    feeds = graph_feeds(graph.model, args, kwargs, "inputs")
+    names = graph.outputs
     pairs = _match(calls, nodes)
-    graph = _Graph(proto)
     exposed: dict[str, _Call] = {}
     for name, call in pairs if codes else ():
         if not call.is_weight:
-            exposed.setdefault(graph.codes_of(name), call)
-    results = _run_onnx(proto, file, feeds, list(exposed))
+            exposed.setdefault(_codes_of(graph, name), call)
+    results = run_model(
+        marked(graph.model, exposed) if exposed else file, feeds, blame=f"path={file!r}: ONNX Runtime does not run it"
+    )
     references = [_array(t) for t in tensors(output)]
     if len(references) != len(names):
         raise QATError(f"path={file!r} has {len(names)} outputs, the model {len(references)}: {output_names(output)}")
@@ -270,37 +273,10 @@ def _match(calls: Mapping[str, list[_Call]], nodes: Mapping[str, list[str]]) -> 
     ]
 
 
-class _Graph:
-    """Where the codes of a site are in the file."""
-
-    def __init__(self, proto: onnx.ModelProto) -> None:
-        self.proto = proto
-        self.nodes = {node.name: node for node in proto.graph.node}
-        self.constants = {tensor.name: tensor for tensor in proto.graph.initializer}
-
-    def codes_of(self, name: str) -> str:
-        """The tensor that holds the codes: a Q node's output, or the input of a DQ node without Q."""
-        node = self.nodes[name]
-        return node.output[0] if node.op_type == "QuantizeLinear" else node.input[0]
-
-
-def _run_onnx(
-    proto: onnx.ModelProto, file: str | None, feeds: Mapping[str, np.ndarray], extra: list[str]
-) -> dict[str, np.ndarray]:
-    """All outputs, and the int8 tensors ``extra``, without any graph optimization."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    names = [value.name for value in proto.graph.output]
-    source: Any = file
-    if extra or file is None:
-        changed = onnx.ModelProto()
-        changed.CopyFrom(proto)
-        changed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.INT8, None) for name in extra)
-        source = changed.SerializeToString()
-    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    values = session.run([*names, *extra], dict(feeds))
-    return dict(zip([*names, *extra], values, strict=True))
+def _codes_of(graph: Graph, name: str) -> str:
+    """The tensor that holds the codes: a Q node's output, or the input of a DQ node without Q."""
+    node = graph.nodes[graph.positions[name]]
+    return node.output[0] if node.op_type == Q else node.input[0]
 
 
 def _site(call: _Call, found: np.ndarray, drift: np.ndarray) -> SiteParity:
@@ -315,18 +291,16 @@ def _site(call: _Call, found: np.ndarray, drift: np.ndarray) -> SiteParity:
     )
 
 
-def _segments(graph: _Graph, pairs: list[tuple[str, _Call]], feeds: Mapping[str, np.ndarray]) -> list[SegmentParity]:
+def _segments(graph: Graph, pairs: list[tuple[str, _Call]], feeds: Mapping[str, np.ndarray]) -> list[SegmentParity]:
     """Run all parts between activation sites at once: what a DQ node computed becomes an input of the graph."""
     cut = onnx.ModelProto()
-    cut.CopyFrom(graph.proto)
+    cut.CopyFrom(graph.model)
     fed = dict(feeds)
     for name, call in pairs:
-        node = graph.nodes[name]
         if call.is_weight:
             continue
-        readers = [other for other in graph.proto.graph.node if node.output[0] in other.input]
-        for reader in readers:
-            if reader.output[0] not in fed and not any(v.name == reader.output[0] for v in cut.graph.output):
+        for reader in graph.readers.get(graph.nodes[graph.positions[name]].output[0], []):
+            if reader.output[0] not in fed and reader.output[0] not in graph.outputs:
                 scale = numpy_helper.to_array(graph.constants[reader.input[1]])
                 fed[reader.output[0]] = call.codes.astype(np.float32) * scale
     kept = [node for node in cut.graph.node if node.output[0] not in fed]
@@ -335,10 +309,11 @@ def _segments(graph: _Graph, pairs: list[tuple[str, _Call]], feeds: Mapping[str,
     given = {value.name for value in cut.graph.input}
     new_inputs = [name for name in fed if name not in given]
     cut.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in new_inputs)
-    wanted = list(dict.fromkeys(graph.codes_of(name) for name, _ in pairs))
+    wanted = list(dict.fromkeys(_codes_of(graph, name) for name, _ in pairs))
     stored = {name: numpy_helper.to_array(graph.constants[name]) for name in wanted if name in graph.constants}
-    found = _run_onnx(cut, None, fed, [name for name in wanted if name not in stored])
-    return [_segment(call, {**found, **stored}[graph.codes_of(name)]) for name, call in pairs]
+    parts = marked(cut, [name for name in wanted if name not in stored])
+    found = run_model(parts, fed, blame="the graph, cut at its sites: ONNX Runtime does not run it")
+    return [_segment(call, {**found, **stored}[_codes_of(graph, name)]) for name, call in pairs]
 
 
 def _segment(call: _Call, found: np.ndarray) -> SegmentParity:

@@ -11,12 +11,12 @@ from torch.utils import _pytree as pytree
 
 from ..errors import QATError
 from ..export.inputs import call_arguments, output_names, run
-from ..graph.run import Graph
 from ..nn.add import fusing_adds
 from ..support.inputs import tensors
 from ..support.modes import looking_at
 from .differences import TIE, ParityReport
 from .onnx_parity import _float32, parity
+from .reference import Reference
 
 
 class Model:
@@ -27,10 +27,9 @@ class Model:
         graph: The graph of the file that was made of it.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph) -> None:
+    def __init__(self, model: nn.Module, graph: Reference) -> None:
         self.model, self.graph = model, graph
-        metadata = {entry.key: entry.value for entry in graph.proto.metadata_props}
-        self.fuse_adds = metadata.get("qat.fuse_adds") == "true"
+        self.fuse_adds = graph.metadata.get("qat.fuse_adds") == "true"
         first = next(model.parameters(), None)
         self.device = first.device if first is not None else torch.device("cpu")
 

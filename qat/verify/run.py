@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import QATError
-from ..graph.run import Graph
 from .compare import SLACK, budget, difference, non_finite, within, worst
 from .diagnose import Diagnosis
 from .feeds import check_engine, graph_feeds, leaves, run_engine
 from .outcome import Agreement, Departure, OutputCheck, VerifyReport
+from .reference import Reference
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,8 +88,8 @@ def verify(
     if not tolerance >= 0:
         raise QATError(f"tolerance={tolerance!r}: a share of the largest magnitude, 0 or more")
     tell = progress or _silent
-    graph = Graph(onnx_path)
-    reference = graph if fp32_onnx is None else Graph(fp32_onnx)
+    graph = Reference(onnx_path)
+    reference = graph if fp32_onnx is None else Reference(fp32_onnx)
     if reference.outputs != graph.outputs:
         raise QATError(f"fp32_onnx={reference.path!r}: outputs {reference.outputs}, onnx_path has {graph.outputs}")
     feeds = graph_feeds(reference, inputs, "inputs")
@@ -115,7 +115,7 @@ def _silent(message: str) -> None:
     """Tell nobody."""
 
 
-def _torch_side(model: nn.Module | None, graph: Graph) -> Model | None:
+def _torch_side(model: nn.Module | None, graph: Reference) -> Model | None:
     if model is None:
         return None
     from .pytorch import Model
@@ -125,8 +125,8 @@ def _torch_side(model: nn.Module | None, graph: Graph) -> Model | None:
 
 def _compare(
     model: Model | None,
-    reference: Graph,
-    graph: Graph,
+    reference: Reference,
+    graph: Reference,
     engine: Any,
     inputs: Any,
     feeds: Mapping[str, np.ndarray],
@@ -145,8 +145,7 @@ def _compare(
     if engine is not None:
         found = run_engine(engine, graph, feeds)
         half, fewer = reference.run_rounded(feeds, half=True), reference.run_rounded(feeds, half=False)
-        is_quantized = any(node.op_type == "DequantizeLinear" for node in reference.nodes)
-        float_graph = reference.run_unquantized(feeds) if is_quantized else None
+        float_graph = reference.run_unquantized(feeds) if reference.is_quantized else None
     checks = []
     for name in reference.outputs:
         own_drift = difference(name, onnx[name], reversed_sums[name], "ONNX Runtime")
@@ -179,7 +178,7 @@ def _refuse_nan(outputs: Mapping[str, np.ndarray], whose: str) -> None:
 
 
 def _agreement(
-    model: Model | None, reference: Graph, graph: Graph, engine: Any, data: Iterable[Any], max_batches: int | None
+    model: Model | None, reference: Reference, graph: Reference, engine: Any, data: Iterable[Any], max_batches: int | None
 ) -> list[Agreement]:
     equal: dict[tuple[str, str], int] = {}
     samples: dict[tuple[str, str], int] = {}

@@ -694,6 +694,11 @@ def test_residual_adds(left, right, rule):
     assert {name for node, name in notes(residual(left, right)) if node == "add"} == ({rule} if rule else set())
 
 
+@pytest.mark.parametrize(("target", "noted"), [("8.6", True), ("10", True), ("11", True), ("rtx", False)])
+def test_an_add_of_two_pairs_is_a_kernel_of_its_own_but_on_rtx(target, noted):
+    assert (("add", "add-both") in notes(residual(True, True), target=target)) is noted
+
+
 def test_a_pair_between_convolution_and_relu_is_noted():
     first = N("Conv", ["xd", "wd", "b"], ["c"], "conv", pads=[1, 1, 1, 1])
     model = wide([*pair("x", "xd"), *weight(), first, *pair("c", "cd"), N("Relu", ["cd"], ["y"], "relu")])

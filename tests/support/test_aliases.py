@@ -26,7 +26,7 @@ MODULES = {
 }
 NAMES = {
     *("export.Finding", "export.ParityReport", "export.Simplification", "export.check_onnx", "export.parity"),
-    "export.simplify",
+    *("export.simplify", "tensorrt.Site"),
 }
 
 

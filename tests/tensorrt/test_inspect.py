@@ -17,8 +17,9 @@ from zoo import ZOO
 
 import qat
 from qat.errors import QATError
-from qat.tensorrt import Inspection, Site, inspect
-from qat.tensorrt.layers import name_parts, read_json, read_log
+from qat.tensorrt import InspectedNode, Inspection, inspect
+from qat.tensorrt.layers import read_json, read_log
+from qat.tensorrt.names import name_parts
 
 RECORDED = Path(__file__).parents[1] / "recorded"
 
@@ -431,7 +432,7 @@ def test_recorded_float_conv_behind_pairs_gets_its_size_and_type(tmp_path):
 
 
 def test_rules_name_their_layer_only():
-    lost = Site("blocks.a[0]/Conv", "Conv", "conv", "float", 0, "no kernel")
+    lost = InspectedNode("blocks.a[0]/Conv", "Conv", "conv", "float", 0, "no kernel")
     config = qat.QuantConfig(rules=Inspection((), (lost,)).rules)
     assert config.site("blocks.a[0]").quantize is False
     assert config.site("blocks.a0").quantize is None

@@ -22,8 +22,8 @@ from onnx.reference import ReferenceEvaluator
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 import qat
-from qat.graph.run import Graph
 from qat.verify import verify
+from qat.verify.reference import Reference
 
 
 class Info(NamedTuple):
@@ -254,6 +254,7 @@ sys.modules["torch"] = None  # what an import finds on a machine without it
 import numpy as np, onnxruntime
 from collections import namedtuple
 from qat.verify import verify
+from qat.verify.reference import Reference
 Info = namedtuple("Info", "name")
 class Engine:
     session = onnxruntime.InferenceSession({str(file)!r}, providers=["CPUExecutionProvider"])
@@ -472,7 +473,7 @@ def test_reversed_sums_are_the_same_sums(tmp_path, groups):
     generator = np.random.default_rng(0)
     weight = generator.normal(size=(8, 64 // groups, 3, 3))
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"], name="conv", group=groups)]
-    graph = Graph(graph_file(tmp_path / "m.onnx", nodes, {"w": weight}, shape=("N", 64, 9, 9), rank=4))
+    graph = Reference(graph_file(tmp_path / "m.onnx", nodes, {"w": weight}, shape=("N", 64, 9, 9), rank=4))
     feeds = {"x": generator.normal(size=(2, 64, 9, 9)).astype(np.float32)}
     expected, found = graph.run(feeds)["y"], graph.run_reversed(feeds)["y"]
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -481,7 +482,7 @@ def test_reversed_sums_are_the_same_sums(tmp_path, groups):
 
 def test_rounding_to_half_is_numpys(tmp_path):
     nodes = [helper.make_node("Mul", ["x", "c"], ["y"], name="mul")]
-    graph = Graph(graph_file(tmp_path / "m.onnx", nodes, {"c": 1.2345678}))
+    graph = Reference(graph_file(tmp_path / "m.onnx", nodes, {"c": 1.2345678}))
     x = features()
     exact = x.astype(np.float16).astype(np.float32) * np.float32(np.float16(1.2345678))
     np.testing.assert_array_equal(graph.run_rounded({"x": x}, half=True)["y"], exact.astype(np.float16).astype(np.float32))
@@ -489,7 +490,7 @@ def test_rounding_to_half_is_numpys(tmp_path):
 
 def test_rounding_to_fewer_bits_is_to_the_nearest(tmp_path):
     nodes = [helper.make_node("Neg", ["x"], ["y"], name="neg")]
-    graph = Graph(graph_file(tmp_path / "m.onnx", nodes, {}))
+    graph = Reference(graph_file(tmp_path / "m.onnx", nodes, {}))
     x = features()
     mantissa, exponent = np.frexp(-x.astype(np.float64))
     np.testing.assert_array_equal(
@@ -501,7 +502,7 @@ def test_without_qdq_it_is_the_float_model(path):
     model = qat.restore(tiny())
     with torch.no_grad():
         expected = model(images(2)).numpy()
-    graph = Graph(path)
+    graph = Reference(path)
     np.testing.assert_allclose(graph.run_unquantized({"images": images(2).numpy()})["output"], expected, atol=1e-5)
 
 
@@ -583,6 +584,21 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"no graph")
     with pytest.raises(qat.QATError, match="not an ONNX file"):
         verify(None, tmp_path / "m.onnx", Builder(), images(1))
+
+
+def test_external_data_outside_the_folder_is_not_read(tmp_path):
+    """A file from anywhere must not make the comparison read others."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    proto = onnx.load(chain(tmp_path, 4))
+    onnx.save(proto, str(folder / "m.onnx"), save_as_external_data=True, location="m.data", size_threshold=0)
+    proto = onnx.load(str(folder / "m.onnx"), load_external_data=False)
+    (folder / "m.data").rename(tmp_path / "m.data")
+    for tensor in proto.graph.initializer:
+        tensor.external_data[0].value = "../m.data"
+    onnx.save(proto, str(folder / "m.onnx"))
+    with pytest.raises(qat.QATError, match="outside the model's folder"):
+        verify(None, folder / "m.onnx", Builder(), features())
 
 
 def test_inputs_that_do_not_fit(path):

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from onnx import NodeProto
 
-from ..view import View
+from ..graph import Graph
 
 # Highest opset that each reads: onnx-tensorrt docs/operators.md (8.6; 10.0 and 10.1), TensorRT's opset guide (11; 25 from
 # 11.5 on), seen to build (TensorRT-RTX).
@@ -31,6 +31,11 @@ class Target:
     def is_any_of(self, *versions: str) -> bool:
         """Whether a rule of these versions counts."""
         return self.version is None or self.version in versions
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT-RTX and nothing else: what others are not known to do counts."""
+        return self.version == "rtx"
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Finding:
         return f"{self.node}: {self.problem}. {self.remedy}."
 
 
-Rule: TypeAlias = Callable[[View, Target], Iterator[Finding]]
+Rule: TypeAlias = Callable[[Graph, Target], Iterator[Finding]]
 
 
 def name_of(node: NodeProto) -> str:
