@@ -26,7 +26,7 @@ from .batches import calibrate_on_batches, show_batches
 from .compatibility import check_averaging, check_compatible, check_freezable, check_order, warn_of_spawned
 from .exporting import check_export, export_arguments, export_at_the_end
 from .losses import add_to_loss, distillation_of
-from .package import callback_bases, lightning_of
+from .package import callback_bases, completed, lightning_of, unfinished
 from .resuming import freeze_stale_ranges, frozen_by_checkpoint, load_guard, read_intact
 from .targets import check_layers, config_for, layers, prepare_module
 from .watching import check_loss, log_ranges
@@ -92,6 +92,14 @@ class QATCallback(Callback):
         QATError: For an invalid argument. During ``setup``: when there is nothing to quantize, or for a strategy or
             callback that cannot work with this one.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> QATCallback:
+        """Make one that each Lightning imported by now takes for its own."""
+        return object.__new__(completed(cls))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle by the class that was called: another program may use another Lightning."""
+        return unfinished, (vars(type(self)).get("completes", type(self)),), vars(self)
 
     def __init__(
         self,

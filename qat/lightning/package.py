@@ -37,14 +37,49 @@ def lightning_of(part: object) -> Any:
 
 
 def callback_bases() -> tuple[type, ...]:
-    """The ``Callback`` of every Lightning that the program has imported; without any, of the first that is installed.
+    """The ``Callback`` of every Lightning that the program has imported; without any, of the only one that is installed.
+
+    Where both are installed and none is imported, it is not known yet which the program will use: :func:`completed` adds it.
 
     Raises:
         QATError: If none is installed.
     """
-    found = [sys.modules[name] for name in PACKAGES if sys.modules.get(name) is not None]
+    found = _imported()
     if not found:
-        found = [import_module(name) for name in PACKAGES if find_spec(name.partition(".")[0]) is not None][:1]
-    if not found:
-        raise QATError("Lightning is not installed. pip install lightning")
+        installed = [name for name in PACKAGES if find_spec(name.partition(".")[0]) is not None]
+        if not installed:
+            raise QATError("Lightning is not installed. pip install lightning")
+        found = [import_module(name) for name in installed if len(installed) == 1]
     return tuple(module.Callback for module in found)
+
+
+def completed(kind: type) -> type:
+    """A class of callbacks that also derives from the ``Callback`` of each Lightning imported since the class was made.
+
+    Args:
+        kind: A class that :func:`callback_bases` was the base of.
+
+    Returns:
+        ``kind`` itself if nothing is missing; else a class of the same name, whose ``completes`` is ``kind``. A program that
+        makes a callback before it imports any Lightning gets one of the first that is installed.
+    """
+    packages = _imported() or [import_module(next(name for name in PACKAGES if find_spec(name.partition(".")[0])))]
+    missing = [module.Callback for module in packages if not issubclass(kind, module.Callback)]
+    if not missing:
+        return kind
+    names: dict[str, Any] = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "completes": kind,
+    }
+    return type(kind.__name__, (kind, *missing), names)
+
+
+def unfinished(kind: Any) -> Any:
+    """An object of ``kind`` that ``__init__`` has not seen: the first step of copying and unpickling."""
+    return kind.__new__(kind)
+
+
+def _imported() -> list[Any]:
+    return [sys.modules[name] for name in PACKAGES if sys.modules.get(name) is not None]

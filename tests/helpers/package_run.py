@@ -4,8 +4,10 @@ Each runs in a process of its own, forked from one that has imported what all of
 JSON file of its name in the folder.
 """
 
+import copy
 import json
 import os
+import pickle
 import sys
 import traceback
 from importlib import import_module
@@ -38,9 +40,10 @@ def make_module(pl):
     return Lit()
 
 
-def fit(pl, epochs=1, ckpt_path=None):
+def fit(pl, epochs=1, ckpt_path=None, kind=None):
+    made = (kind or qat.QATCallback)({"learn_scales": True})
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=epochs, callbacks=[qat.QATCallback({"learn_scales": True})], logger=False,
+        accelerator="cpu", max_epochs=epochs, callbacks=made, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     module = make_module(pl)
@@ -68,10 +71,25 @@ def uses(package, folder):
 
 
 def imports_the_callback_first(package, folder):
-    """A program that imports Lightning behind it: how many sites does it train?"""
-    from qat import QATCallback  # noqa: F401 - before the package
+    """A program that imports Lightning behind the callback, and has a subclass of it."""
+    from qat import QATCallback  # before the package
 
-    return sites(fit(import_module(package))[1])
+    class Mine(QATCallback):
+        def on_train_end(self, trainer, pl_module):
+            super().on_train_end(trainer, pl_module)
+            self.ended = True
+
+    pl = import_module(package)
+    trainer, module = fit(pl, kind=Mine)
+    (mine,) = (c for c in trainer.callbacks if isinstance(c, QATCallback))
+    copied, pickled = copy.deepcopy(mine), pickle.loads(pickle.dumps(QATCallback(target="model")))
+    return {
+        "sites": sites(module),
+        "ended": mine.ended and copied.ended,
+        "known": all(isinstance(c, pl.Callback) for c in (mine, copied, pickled)),
+        "names": [mine.state_key, copied.state_key, pickled.state_key],
+        "imported": [name for name in PACKAGES if name in sys.modules],
+    }
 
 
 def exchanges(folder):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import qat
 from qat import QATError, cli
-from qat.recipes import boxes, detection, scenes, ssdlite
+from qat.recipes import boxes, cutouts, detection, scenes, ssdlite
 from qat.recipes import detection_tables as detection_report
 from qat.recipes.detection import DetectionSettings
 from qat.recipes.saved import open_run
@@ -540,7 +540,7 @@ def test_photographs_are_in_one_part_each():
 
 
 def test_every_class_has_stamps_and_a_label_of_coco():
-    assert set(scenes.STAMPS) == set(scenes.COCO_CLASSES.values())
+    assert set(cutouts.STAMPS) == set(scenes.COCO_CLASSES.values())
     assert all(0 < label < ssdlite.COCO.classes for label in scenes.COCO_CLASSES)
 
 
