@@ -1,4 +1,7 @@
-"""ONNX Runtime on the CPU: the one place that opens it, as written or with its optimizations."""
+"""ONNX Runtime on the CPU: the one place that opens it, as written or with its optimizations.
+
+A file is opened without the onnx package: a machine that measures engines need not have it.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
-from onnx import ModelProto, ValueInfoProto
 
 from ..errors import QATError
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
     from onnxruntime import InferenceSession
 
 # Protobuf writes no message of 2 GiB; the rest is for what is added to a model.
@@ -55,7 +57,7 @@ def open_session(
         options.intra_op_num_threads = threads
     with contextlib.ExitStack() as stack:
         stack.enter_context(told(blame))
-        if isinstance(source, ModelProto):
+        if not isinstance(source, (bytes, str, os.PathLike)):
             source = source.SerializeToString() if source.ByteSize() < _PROTOBUF_LIMIT else _stored(source, scratch, stack)
         opened = source if isinstance(source, bytes) else os.fspath(source)
         return onnxruntime.InferenceSession(opened, options, providers=["CPUExecutionProvider"])
@@ -63,8 +65,10 @@ def open_session(
 
 def _stored(model: ModelProto, scratch: str | os.PathLike[str] | None, stack: contextlib.ExitStack) -> str:
     """A file of a model that is too large for one message; gone with ``stack``."""
+    import onnx
+
     path = str(Path(stack.enter_context(tempfile.TemporaryDirectory(dir=scratch))) / "model.onnx")
-    copy = ModelProto()
+    copy = onnx.ModelProto()
     copy.CopyFrom(model)
     onnx.save(copy, path, save_as_external_data=True, location="model.data")
     return path
@@ -100,6 +104,8 @@ def run_model(
 
 def marked(model: ModelProto, extra: Collection[str]) -> ModelProto:
     """A copy of a model that returns tensors ``extra`` besides its outputs. Their types are ONNX Runtime's to infer."""
+    from onnx import ModelProto, ValueInfoProto
+
     copy = ModelProto()
     copy.CopyFrom(model)
     known = {value.name for value in model.graph.output}

@@ -138,7 +138,9 @@ def find_runtime(name: str | None = None) -> Runtime:
 def _import(name: str) -> ModuleType | ImportError | OSError | None:
     """The module, or why it does not load; None if it is not installed."""
     try:
-        return import_module(name)
+        module = import_module(name)
+        # A folder of that name on the path, such as a checkout of TensorRT, is importable, and empty.
+        return None if module.__spec__ is not None and module.__spec__.origin is None else module
     except ModuleNotFoundError as error:
         return None if error.name == name else error
     except (ImportError, OSError) as error:  # its shared libraries, or the CUDA libraries under them

@@ -115,7 +115,7 @@ def prepare(model, x):
 
 
 def calibrate(model, x):
-    qat.prepare(model)
+    qat.prepare(model, example_inputs=x)
     qat.calibrate(model, [x], progress=False)
 
 

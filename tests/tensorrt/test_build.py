@@ -77,6 +77,15 @@ def test_runtime_that_does_not_load_says_why(monkeypatch, tmp_path):
         find_runtime("tensorrt")
 
 
+def test_a_folder_of_that_name_is_no_runtime(monkeypatch, tmp_path):
+    """Python imports any folder on its path, such as a checkout of TensorRT beside the user's script."""
+    (tmp_path / "tensorrt").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(QATError, match="tensorrt is not installed"):
+        find_runtime("tensorrt")
+
+
 def test_capabilities_of_recorded_versions():
     eight, ten, eleven = (Runtime(FakeTensorRT(version)) for version in VERSIONS)
     assert [runtime.weak_typing for runtime in (eight, ten, eleven)] == [True, True, False]

@@ -11,7 +11,7 @@ nbformat = pytest.importorskip("nbformat", reason="needs the notebooks extra: pi
 pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 QUICK = "01_quick_start"
 MAX_BYTES = 400_000

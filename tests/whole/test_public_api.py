@@ -85,7 +85,7 @@ def test_preparing_needs_neither_lightning_nor_onnx():
     assert run(code) == "set()\n"
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Programs (python -m qat.recipes.resnet), and what is told by its short name.
 NOT_CALLED = {"cli", "recipes", "errors", "config"}
 
