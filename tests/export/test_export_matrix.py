@@ -23,7 +23,6 @@ from qat.export import BackboneAndHead, check_onnx
 
 pytestmark = needs_rtx
 on_targets = pytest.mark.parametrize("target", TARGETS)
-CI = ("resnet18", "mobilenet_v2")
 # Large enough for every layer to see more than one value, or what the model insists on.
 SIZES = {"vit_b_16": 224, "timm_vit_tiny": 224, "inception_v3": 139, "ssdlite320": 320, "retinanet": 320}
 # Nodes beyond one a layer. RetinaNet's two towers of 4 convolutions run on each of 5 feature levels.
@@ -59,7 +58,7 @@ def assert_half_and_int8(model: nn.Module, x: torch.Tensor, folder: Path, nodes:
 
 @on_targets
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in CI else pytest.mark.slow) for name in ZOO], ids=list(ZOO)
+    "name", [pytest.param(name, marks=() if name == "resnet18" else pytest.mark.slow) for name in ZOO], ids=list(ZOO)
 )
 # Some untrained models put out zeros only; that is reported, and no matter here.
 @pytest.mark.filterwarnings("ignore:.*only zeros were seen")
@@ -69,6 +68,15 @@ def test_zoo(tmp_path, name, target):
     # Attention has two nodes: the packed projection of query, key and value, and that of the output.
     nodes = expected.conv + expected.linear + 2 * expected.attention + REPEATED.get(name, 0)
     assert_half_and_int8(model, x, tmp_path, nodes, target, dynamic_batch=not expected.detector)
+
+
+@on_targets
+def test_blocks_of_mobilenet(tmp_path, target):
+    """One of each kind: without expansion, of stride 2, residual."""
+    torch.manual_seed(0)
+    model = torchvision.models.mobilenet_v2(inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]]).eval()
+    x = images(2, size=64)
+    assert_half_and_int8(quantized(model, x), x, tmp_path, 1 + 2 + 2 * 3 + 1, target, dynamic_batch=True)
 
 
 @on_targets

@@ -22,6 +22,11 @@ def resnet18():
     return quantized(torchvision.models.resnet18(), images(2, size=64))
 
 
+@pytest.fixture(scope="module")
+def resnet18_file(resnet18, tmp_path_factory):
+    return qat.export_onnx(resnet18, tmp_path_factory.mktemp("resnet18") / "m.onnx", images(1, size=64))
+
+
 @on_targets
 @pytest.mark.parametrize("options", [{}, {"opset": 17}, {"int8_weights": True}, {"fuse_adds": True}], ids=str)
 def test_tiny_resnet(tmp_path, options, target):
@@ -31,15 +36,13 @@ def test_tiny_resnet(tmp_path, options, target):
 
 
 @on_targets
-def test_resnet18(resnet18, tmp_path, target):
-    path = qat.export_onnx(resnet18, tmp_path / "m.onnx", images(1, size=64))
-    assert len(quantized_nodes(path)) == 20
-    assert not_int8(path, target) == []
+def test_resnet18(resnet18_file, target):
+    assert len(quantized_nodes(resnet18_file)) == 20
+    assert not_int8(resnet18_file, target) == []
 
 
-def test_resnet18_within_drift(resnet18, tmp_path):
-    path = qat.export_onnx(resnet18, tmp_path / "m.onnx", images(1, size=64))
-    report = qat.parity(resnet18, path, images(2, size=64), segments=True)
+def test_resnet18_within_drift(resnet18, resnet18_file):
+    report = qat.parity(resnet18, resnet18_file, images(2, size=64), segments=True)
     assert report.segments_exact
     assert report.within_drift()
 

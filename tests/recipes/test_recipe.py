@@ -55,6 +55,15 @@ def digits():
     return load("digits")
 
 
+@pytest.fixture(scope="module")
+def few_digits(digits):
+    """The digits, with 256 images to train on."""
+    parts = {"train": copy.copy(digits.train), "plain_train": copy.copy(digits.plain_train)}
+    for images in parts.values():
+        images.images, images.labels = images.images[:256], images.labels[:256]
+    return dataclasses.replace(digits, **parts)
+
+
 # Models
 
 
@@ -270,18 +279,18 @@ def train(digits, seed=0, **options):
     return tuned, trainer
 
 
-def test_same_seed_trains_the_same_model(digits):
-    first, second = (train(digits)[0].state_dict() for _ in range(2))
+def test_same_seed_trains_the_same_model(few_digits):
+    first, second = (train(few_digits)[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_fine_tuning_ends_at_one_percent_of_the_learning_rate(digits):
-    _, trainer = train(digits)
+def test_fine_tuning_ends_at_one_percent_of_the_learning_rate(few_digits):
+    _, trainer = train(few_digits)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 * 0.02)
 
 
-def test_frozen_batch_norm_of_the_control_stays(digits):
-    model = train(digits, callbacks=[FreezeBatchNorm(0)])[0].model
+def test_frozen_batch_norm_of_the_control_stays(few_digits):
+    model = train(few_digits, callbacks=[FreezeBatchNorm(0)])[0].model
     assert torch.equal(model.bn1.running_mean, torch.zeros(16))
 
 
@@ -661,21 +670,21 @@ def test_four_bit_weights_are_measured_in_pytorch(tmp_path, digits):
     assert found["qat"]["file_bytes"] is found["qat"]["cpu_ms"] is None
 
 
-def test_without_labels_only_the_float_model_is_learned_from(digits):
+def test_without_labels_only_the_float_model_is_learned_from(few_digits):
     """Other labels give the same model."""
     states = []
     for shift in (0, 1):
         torch.manual_seed(0)
         settings = ResNetSettings(device="cpu", batch_size=256, qat_lr=0.01, teacher="float")
-        images = copy.copy(digits.train)
+        images = copy.copy(few_digits.train)
         images.labels = (images.labels + shift) % 10
         tuned = make_classifier(build("resnet20", 10), settings, fine_tune=True, distill=True)
         callback = QATCallback(
-            calibration={"progress": False}, calibration_data=digits.calibration(64, 64), distill_from="float"
+            calibration={"progress": False}, calibration_data=few_digits.calibration(64, 64), distill_from="float"
         )
         options = {"epochs": 1, "name": "test", "console": Console(quiet=True), "seed": 0, "callbacks": [callback]}
         before = tuned.model.conv1.weight.detach().clone()
-        fit(tuned, dataclasses.replace(digits, train=images), settings, **options)
+        fit(tuned, dataclasses.replace(few_digits, train=images), settings, **options)
         assert not torch.equal(before, tuned.model.conv1.weight)
         states.append(tuned.model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -69,7 +69,10 @@ def roundings(graph):
 def network(name, x, prepared):
     torch.manual_seed(0)
     if name == "short":
+        # A block with the identity as its shortcut, and one that downsamples.
         model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+        model.layer3 = model.layer4 = nn.Identity()
+        model.fc = nn.Linear(128, 5)
     else:
         model = torchvision.models.get_model(name, num_classes=5)
     if prepared:
