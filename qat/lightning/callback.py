@@ -93,10 +93,6 @@ class QATCallback(Callback):
             callback that cannot work with this one.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> QATCallback:
-        """Make one that each Lightning imported by now takes for its own."""
-        return object.__new__(completed(cls))
-
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by the class that was called: another program may use another Lightning."""
         return unfinished, (vars(type(self)).get("completes", type(self)),), vars(self)
@@ -121,6 +117,8 @@ class QATCallback(Callback):
         log_ranges: Literal["summary", "sites"] | None = "summary",
         range_lr_factor: float = 1.0,
     ) -> None:
+        # A callback of every Lightning that is imported by now, not only when this class was made.
+        self.__class__ = completed(type(self))
         check_choices(
             log_ranges=log_ranges,
             freeze_bn_epoch=freeze_bn_epoch,

@@ -78,7 +78,8 @@ def completed(kind: type) -> type:
 
 def unfinished(kind: Any) -> Any:
     """An object of ``kind`` that ``__init__`` has not seen: the first step of copying and unpickling."""
-    return kind.__new__(kind)
+    made: Any = completed(kind)
+    return made.__new__(made)
 
 
 def _imported() -> list[Any]:
