@@ -1,4 +1,4 @@
-"""How long does TensorRT take for its first build on this machine, and what does it wait for?
+"""Time TensorRT's first build on this machine, and note what it uses meanwhile.
 
     python benchmarks/first_build.py export FILE.onnx       # needs PyTorch: a residual network of two blocks, INT8 with Q/DQ
     python benchmarks/first_build.py run FILE.onnx --limit 150 --settings lazy,default --out FOLDER

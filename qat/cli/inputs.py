@@ -45,7 +45,7 @@ def by_name(inputs: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def call_factory(spec: str) -> Any:
-    """What the function ``module:function`` returns; this runs the user's code."""
+    """Call ``module:function``, the user's code, and return its result."""
     module, _, function = spec.partition(":")
     # A console script, unlike `python -m`, does not look in the current folder.
     here = str(Path.cwd())

@@ -36,7 +36,7 @@ class Counted(Protocol):
 
     @property
     def width(self) -> float:
-        """Of a bin."""
+        """Width of a bin."""
 
     @property
     def amax(self) -> float:
@@ -237,7 +237,7 @@ def divergences(counts: Array, levels: int = 128) -> Array:
 
 @_QUIET
 def quality(histogram: Counted, amax: float, *, fmt: Format = INT8) -> tuple[float, float]:
-    """What a range does to the data, estimated from the bin centres.
+    """Estimate what a range does to the data, from the bin centres.
 
     Args:
         histogram: Not empty.

@@ -53,5 +53,5 @@ def launch(
 
 @functools.cache
 def _compiled(kernel: Any) -> dict[tuple[Any, ...], Any]:
-    """What a kernel was compiled to, by the kinds of its arguments."""
+    """Compiled forms of a kernel, by the kinds of its arguments."""
     return {}
