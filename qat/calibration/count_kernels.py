@@ -12,7 +12,7 @@ FAST_HISTOGRAM = tuple(int(part) for part in triton.__version__.split(".")[:2]) 
 
 @triton.jit
 def _magnitude_bits(x_ptr, at, size):  # type: ignore[no-untyped-def]
-    """Bits of ``abs(x)`` as float32: ordered like the magnitudes, infinity above all numbers, NaN above that. 0 beyond ``size``."""
+    """Bits of ``abs(x)`` as float32, ordered like magnitudes: infinity above all numbers, then NaN. 0 beyond ``size``."""
     return tl.load(x_ptr + at, at < size, other=0.0).to(tl.float32).to(tl.int32, bitcast=True) & 2147483647
 
 
