@@ -93,7 +93,7 @@ def to_onnx(
 
 
 class _Dynamic:
-    """Which dimensions stay open, and inputs that do not tempt the tracer to bake them in."""
+    """Choose the dimensions that stay open, and inputs that do not tempt the tracer to bake them in."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> None:
         first = tensors((args, kwargs))[0]

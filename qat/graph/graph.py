@@ -163,7 +163,7 @@ class Graph:
         return kind.tensor_type.elem_type if kind is not None else 0
 
     def is_float(self, name: str) -> bool:
-        """Whether a tensor is of a floating type."""
+        """Tell if a tensor is of a floating type."""
         return self.element_type(name) in _FLOATS
 
     def shape(self, name: str) -> list[int] | None:
@@ -188,7 +188,7 @@ class Graph:
         return name
 
     def is_constant(self, name: str) -> bool:
-        """Whether ``name`` has the same values for all inputs of one shape."""
+        """Tell if ``name`` has the same values for all inputs of one shape."""
         return name not in self.activations
 
     def ends(self, name: str) -> Iterator[NodeProto]:
@@ -227,7 +227,7 @@ class Graph:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it holds any DequantizeLinear."""
+        """Tell if it holds any DequantizeLinear."""
         return any(node.op_type == DQ for node in self.nodes)
 
     def qdq(self) -> Iterator[NodeProto]:
@@ -235,7 +235,7 @@ class Graph:
         return (node for node in self.nodes if node.op_type in (Q, DQ))
 
     def is_weight(self, node: NodeProto) -> bool:
-        """Whether a Q or DQ node works on a constant."""
+        """Tell if a Q or DQ node works on a constant."""
         return self.is_constant(node.input[0])
 
     def weight(self, node: NodeProto) -> str | None:
@@ -245,7 +245,7 @@ class Graph:
         return name if self.is_constant(name) else None
 
     def is_constant_behind(self, name: str) -> bool:
-        """Whether a dequantized operand is a weight."""
+        """Tell if a dequantized operand is a weight."""
         return any(self.is_weight(dequantize) for dequantize in self.dequantizers(name))
 
     def quantizer(self, dequantize: NodeProto) -> NodeProto | None:
